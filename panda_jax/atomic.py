@@ -1,0 +1,40 @@
+"""Files that are either complete or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+# Unfinished files begin with this; whoever finds an old one may delete it.
+UNFINISHED = ".unfinished-"
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `parts` one after the other to `path`; a reader sees the old file or the whole new one.
+
+    The new file is on the disk before it gets its name. Two processes that write the same path do not meet: each
+    writes a file of its own, and the last one to finish names the result. Raises OSError with `path` as its filename;
+    then nothing is left behind.
+    """
+    unfinished = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
+    try:
+        with unfinished.open("xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None
+        raise
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # without this a crash of the machine can lose the name of a file that is on the disk
+    finally:
+        os.close(folder)

@@ -1,0 +1,26 @@
+"""Shared fixtures: eight simulated CPU devices, and the real data where it is present."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Programs of a test are compiled more often than they run: spend little on optimising them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-points", type=int, default=1, help="random moments at which test_resume kills a run")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of real corpora, benchmarks and tokenizers; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("PANDA_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set PANDA_SHARED_DATA")
+    return folder

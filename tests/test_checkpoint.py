@@ -1,0 +1,141 @@
+"""Checkpoints on their own: other meshes, parameters alone, failed saves, what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_step import mesh_of
+
+from panda_jax import sharding
+from panda_jax.errors import InputError
+from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training import step as steps
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint written by 2 x 2 x 2 devices with sharded parameters, and the same state on the host."""
+    config = tiny.config(mesh={"data": 2, "fsdp": 2, "tensor": 2, "zero": 3})
+    mesh = mesh_of(2, 2, 2)
+    step = steps.build(config, mesh, run_steps=2)
+    with jax.set_mesh(mesh):
+        state = step.initial_state(jax.random.key(0))
+        batch = sharding.to_global(tiny.batch(0), np.arange(8), mesh, 8)
+        state, _ = step.train(state, batch)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    saver = checkpoints.Checkpointer(folder, keep=1, keep_steps=())
+    saver.save(1, state, {"must_match": {}}, b"model")
+    saver.wait()
+    return folder / "1", jax.device_get(state)
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=str(path))
+
+
+@pytest.mark.parametrize(("shape", "zero"), [((1, 1, 1), 1), ((1, 2, 1), 3), ((2, 1, 2), 1), ((2, 4, 1), 1)])
+def test_a_checkpoint_of_eight_devices_opens_on_any_mesh(saved, shape, zero):
+    path, expected = saved
+    mesh = mesh_of(*shape)
+    sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    step = steps.build(tiny.config(mesh=sizes | {"zero": zero}), mesh, run_steps=2)
+    state = checkpoints.restore(path, step.state_shapes)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(step.state_shapes), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    assert_equal(jax.device_get(state), expected)
+
+
+def test_parameters_alone(saved):
+    path, expected = saved
+    step = steps.build(tiny.config(), mesh_of(1, 1, 1), run_steps=2)
+    values = checkpoints.restore_parameters(path, step.state_shapes["parameters"])
+    assert_equal(jax.device_get(values), expected["parameters"])
+    assert checkpoints.saved_parameter_shapes(path)["layers.wk"] == (3, 32, 4, 4)
+
+
+def test_parameters_of_another_model_are_refused(saved):
+    path, _ = saved
+    for model, message in [
+        ({"mlp_dim": 48}, r"layers.w_down is \(3, 40, 32\), the model needs \(3, 48, 32\)"),
+        ({"tie_embeddings": True}, r"lm_head is \(32, 96\), the model needs no such parameter"),
+    ]:
+        step = steps.build(tiny.config(model=model), mesh_of(1, 1, 1), run_steps=2)
+        with pytest.raises(InputError, match=message):
+            checkpoints.restore_parameters(path, step.state_shapes["parameters"])
+
+
+def test_periodic_checkpoints_are_deleted_and_named_ones_kept(tmp_path):
+    """Saves at 1 … 6 that keep two, and 2 for good, leave 2, 5 and 6."""
+    saver = checkpoints.Checkpointer(tmp_path, keep=2, keep_steps=(2,))
+    state = small_state()
+    for step in range(1, 7):
+        saver.save(step, state, {}, b"")
+    saver.wait()
+    assert checkpoints.committed_steps(tmp_path) == [2, 5, 6]
+
+
+def small_state() -> dict[str, Any]:
+    values = {"embed": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    return jax.device_put({"parameters": values, "optimizer": (), "step": np.int32(1), "key": np.zeros(2, np.uint32)})
+
+
+def test_a_failed_save_is_told_and_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    saver = checkpoints.Checkpointer(tmp_path, keep=2, keep_steps=())
+    saver.save(1, small_state(), {}, b"")
+    saver.wait()
+
+    def fail(path: Path) -> str:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sha256", fail)
+        saver.save(2, small_state(), {}, b"")
+        with pytest.raises(InputError, match="No space left on device.*older ones are untouched"):
+            saver.wait()
+    assert checkpoints.committed_steps(tmp_path) == [1]
+    assert checkpoints.find_damage(tmp_path / "1") is None
+    saver.save(2, small_state(), {}, b"")
+    saver.wait()
+    assert checkpoints.committed_steps(tmp_path) == [1, 2]
+
+
+def test_two_processes_commit_together(tmp_path):
+    """One manifest of two is no checkpoint; both are, and both are read when the files are verified."""
+    folder = tmp_path / "7"
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    (folder / "manifest-1-of-2.json").write_text(json.dumps({"a.bin": [3, digest]}))
+    assert checkpoints.committed_steps(tmp_path) == []
+    (folder / "manifest-0-of-2.json").write_text("{}")
+    assert checkpoints.committed_steps(tmp_path) == [7]
+    assert checkpoints.find_damage(folder) is None
+    (folder / "a.bin").write_bytes(b"abd")
+    assert checkpoints.find_damage(folder) == "a.bin has changed since it was written (SHA-256 differs)"
+
+
+def test_resolving_a_run_folder_or_a_step(tmp_path, saved):
+    path, _ = saved
+    assert checkpoints.resolve(str(path)) == path
+    assert checkpoints.resolve(str(path.parent)) == path
+    with pytest.raises(InputError, match="no complete checkpoint here"):
+        checkpoints.resolve(str(tmp_path))
+
+
+def test_settings_that_change_no_weight_do_not_stop_a_resume():
+    """Every field of the model is either compared on resume or named as one that does not shape the weights."""
+    fields = {field.name for field in dataclasses.fields(tiny.config().model)}
+    assert set(checkpoints.NOT_ARCHITECTURE) < fields
+    assert fields - set(checkpoints.NOT_ARCHITECTURE) == {
+        "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "norm_eps", "rope_theta",
+        "tie_embeddings",
+    }  # fmt: skip

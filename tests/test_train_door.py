@@ -1,0 +1,208 @@
+"""The train door from outside: stopping, resuming, damage, changed settings, starting weights, bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+import yaml
+
+from panda_jax import train
+from panda_jax.command_line import exit_status
+from panda_jax.training.checkpoint import committed_steps
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with corpora, a tokenizer, a cache, compiled programs, and one run of 20 steps called `whole`."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.write_corpora(folder)
+    assert exit_status(train.main, arguments(folder, "whole")) == 0
+    return folder
+
+
+def arguments(folder: Path, name: str, *extra: str, **changes: Any) -> list[str]:
+    """Return the door's command line for a run called `name`."""
+    config = tiny_run.write_config(folder, mesh=MESH, **changes)
+    target = config.rename(folder / f"{name}.yaml")
+    return ["--config", str(target), f"name={name}", *extra]
+
+
+def copy_run(world: Path, name: str) -> Path:
+    """Copy the finished run and forget its last checkpoint's successors: steps 15, 18 and 20 remain."""
+    shutil.copytree(world / "runs" / "whole", world / "runs" / name)
+    return world / "runs" / name
+
+
+def some_array_file(checkpoint: Path) -> Path:
+    """Return the largest file of a checkpoint, which holds arrays."""
+    return max((checkpoint / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+
+
+def test_the_run_folder(world):
+    run = world / "runs" / "whole"
+    assert [line["step"] for line in tiny_run.logged(run)] == list(range(1, 21))
+    assert yaml.safe_load((run / "config.yaml").read_text("utf-8"))["optimizer"]["beta2"] == 0.99
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert committed_steps(run / "checkpoints") == [15, 18, 20]
+    assert tiny_run.logged(run)[-1]["loss"] < tiny_run.logged(run)[0]["loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(world, capsys, number):
+    name = signal.Signals(number).name
+    metrics = world / "runs" / name / "metrics.jsonl"
+
+    def stop_after_four_steps() -> None:
+        while not metrics.exists() or len(tiny_run.logged(metrics.parent)) < 4:
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop_after_four_steps)
+    thread.start()
+    assert exit_status(train.main, arguments(world, name, train={"max_steps": 20})) == 0
+    thread.join()
+    stopped = committed_steps(metrics.parent / "checkpoints")[-1]
+    assert 4 <= stopped < 20
+    assert f"stopped after step {stopped} of 20; the same command goes on from there" in capsys.readouterr().out
+    assert exit_status(train.main, arguments(world, name)) == 0
+    assert f"resuming after step {stopped}" in capsys.readouterr().out
+    tiny_run.assert_same_run(world / "runs" / "whole", metrics.parent, 20)
+
+
+@pytest.mark.parametrize("damage", ["bit flip", "truncation", "missing file", "half a save"])
+def test_a_damaged_checkpoint_is_walked_over(world, capsys, damage):
+    name = damage.replace(" ", "-")
+    run = copy_run(world, name)
+    newest = run / "checkpoints" / "20"
+    file = some_array_file(newest)
+    if damage == "bit flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncation":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif damage == "missing file":
+        file.unlink()
+    else:
+        (newest / "manifest-0-of-1.json").unlink()
+    assert exit_status(train.main, arguments(world, name)) == 0
+    output = capsys.readouterr().out
+    assert "resuming after step 18" in output
+    if damage != "half a save":
+        reason = {"bit flip": "SHA-256 differs", "truncation": "bytes, expected", "missing file": "is missing"}[damage]
+        assert f"checkpoints/20 is damaged: {file.relative_to(newest)}" in output
+        assert reason in output
+    tiny_run.assert_same_run(world / "runs" / "whole", run, 20)
+
+
+def test_a_run_never_starts_over_because_all_its_checkpoints_are_damaged(world, capsys):
+    run = copy_run(world, "all-damaged")
+    for step in (15, 18, 20):
+        file = some_array_file(run / "checkpoints" / str(step))
+        file.write_bytes(file.read_bytes()[:-1])
+    assert exit_status(train.main, arguments(world, "all-damaged")) == 2
+    assert "every checkpoint is damaged ([15, 18, 20])" in capsys.readouterr().err
+
+
+def test_resume_from_a_named_step_or_not_at_all(world, capsys):
+    run = copy_run(world, "named")
+    assert exit_status(train.main, arguments(world, "named", "--resume", "17")) == 2
+    assert "no complete checkpoint of step 17; there are [15, 18, 20]" in capsys.readouterr().err
+    assert exit_status(train.main, arguments(world, "named", "--resume", "soon")) == 2
+    assert "expected auto, never or the step" in capsys.readouterr().err
+    assert exit_status(train.main, arguments(world, "named", "--resume", "15")) == 0
+    output = capsys.readouterr().out
+    assert "18.superseded-0" in output and "resuming after step 15" in output
+    tiny_run.assert_same_run(world / "runs" / "whole", run, 20)
+    assert exit_status(train.main, arguments(world, "named", "--resume", "never", "train.max_steps=2")) == 0
+    assert [line["step"] for line in tiny_run.logged(run)] == [1, 2]
+    assert committed_steps(run / "checkpoints") == [2]
+
+
+def test_a_changed_run_is_not_resumed(world, capsys):
+    copy_run(world, "changed")
+    for change, said in {
+        "model.rope_theta=500000": "model.rope_theta was 10000.0, is 500000.0",
+        "data.sources.0.epochs=1": "order of the data was",
+        "data.sources.1.template=belle": "template of alpaca was",
+        "seed=1": "seed was 42, is 1",
+        "optimizer.kind=lion": "optimizer.kind was adamw, is lion",
+        "train.global_batch_size=16": "train.global_batch_size was 8, is 16",
+    }.items():
+        assert exit_status(train.main, arguments(world, "changed", change)) == 2
+        error = capsys.readouterr().err
+        assert "cannot resume" in error and said in error, error
+        assert error.splitlines()[-1].startswith("error: ")
+    texts = world / "texts.jsonl"
+    original = texts.read_text("utf-8")
+    texts.write_text(original + '{"text": "天地。"}\n', "utf-8")
+    assert exit_status(train.main, arguments(world, "changed")) == 2
+    assert "data of jsonl_text was" in capsys.readouterr().err
+    texts.write_text(original, "utf-8")
+    assert exit_status(train.main, arguments(world, "changed", "optimizer.learning_rate=0.5")) == 0
+
+
+def test_stage_two_starts_from_the_weights_of_stage_one(world, capsys):
+    start = {"init_from": {"checkpoint": str(world / "runs" / "whole")}}
+    one_step = {"max_steps": 1}
+    assert (
+        exit_status(
+            train.main, arguments(world, "second", model=start, train=one_step, optimizer={"learning_rate": 1e-30})
+        )
+        == 0
+    )
+    assert "parameters from" in capsys.readouterr().out
+    before = tiny_run.saved_arrays(world / "runs" / "whole" / "checkpoints" / "20")
+    after = tiny_run.saved_arrays(world / "runs" / "second" / "checkpoints" / "1")
+    names = [name for name in before if name.startswith("parameters/")]
+    assert len(names) == 12
+    for name in names:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    for change, said in {
+        "model.num_layers=3": "model.num_layers 2, this run 3",
+        "model.mlp_dim=32": "model.mlp_dim 24",
+    }.items():
+        assert exit_status(train.main, arguments(world, "third", change, model=start, train=one_step)) == 2
+        assert said in capsys.readouterr().err
+    missing = {"init_from": {"checkpoint": str(world / "nowhere")}}
+    assert exit_status(train.main, arguments(world, "third", model=missing)) == 2
+    assert "no complete checkpoint here" in capsys.readouterr().err
+
+
+def test_a_non_finite_gradient_stops_with_the_records_named(world, capsys):
+    assert (
+        exit_status(train.main, arguments(world, "exploding", "optimizer.learning_rate=1e38", "train.clip_norm=null"))
+        == 2
+    )
+    captured = capsys.readouterr()
+    assert "non-finite gradient; the parameters are those before it and are saved" in captured.err
+    assert "records: " in captured.out and "texts.jsonl:" in captured.out
+    steps = committed_steps(world / "runs" / "exploding" / "checkpoints")
+    assert f"step {steps[-1]}: non-finite" in captured.err
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_refused(world, capsys, monkeypatch):
+    usage = shutil.disk_usage(world)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert exit_status(train.main, arguments(world, "full")) == 2
+    assert "GB are free; make room" in capsys.readouterr().err
+
+
+def test_the_card_shows_what_will_be_trained(world, capsys):
+    assert exit_status(train.main, arguments(world, "card", train={"max_steps": 1})) == 0
+    output = capsys.readouterr().out
+    assert "8 x cpu (cpu), data 2 x fsdp 2 x tensor 2, zero 1" in output
+    assert "attention xla" in output
+    assert "</s>⟧" in output
+    assert "held-out loss after step 0" in output
