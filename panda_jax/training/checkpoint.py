@@ -325,6 +325,8 @@ class Checkpointer:
             hashes = {str(path.relative_to(checkpoint)): [path.stat().st_size, _sha256(path)] for path in files}
             manifest = json.dumps(hashes, ensure_ascii=False, indent=1).encode()
             write_atomically(checkpoint / f"manifest-{process}-of-{processes}.json", [manifest])
+            # Only now is the new checkpoint complete; counted before, it would let one old checkpoint too many live.
+            wait_for_all(f"checkpoint {checkpoint.name} committed")
             if process == 0:
                 self._delete_old()
         except BaseException as failure:  # surfaces in wait(), on the thread that can act on it
