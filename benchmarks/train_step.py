@@ -36,7 +36,19 @@ from rich.table import Table
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from panda_jax.config import PRESETS, Compute, Model  # noqa: E402  (the benchmark runs from the checkout)
+from panda_jax.config import (  # noqa: E402  (the benchmark runs from the checkout)
+    PRESETS,
+    AdamW,
+    Compute,
+    Config,
+    Data,
+    Mesh,
+    Model,
+    Schedule,
+    Source,
+    Tokenizer,
+    Train,
+)  # fmt: skip
 
 BATCH, LENGTH = 4, 512
 LEARNING_RATE, BETAS, EPS, CLIP_NORM = 1e-4, (0.9, 0.99), 1e-6, 5.0
@@ -93,51 +105,43 @@ def random_tokens(model: Model) -> np.ndarray:
 
 
 def run_panda(model: Model, compute: Compute, num_steps: int) -> Result:
+    """Measure the step of the train door, as built for one device."""
     import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import nnx
 
-    from panda_jax.model.llama import Llama
-    from panda_jax.objectives.causal import loss
+    from panda_jax import sharding
+    from panda_jax.training import step as steps
 
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(LEARNING_RATE, *BETAS, eps=EPS, weight_decay=0.0)
+    config = Config(
+        name="benchmark",
+        model=model,
+        tokenizer=Tokenizer(path="unused"),
+        data=Data(seq_len=LENGTH, sources=(Source(corpus="text_lines", path="unused"),)),
+        optimizer=AdamW(learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=0.0),
+        schedule=Schedule(kind="constant"),
+        train=Train(global_batch_size=BATCH, clip_norm=CLIP_NORM),
+        compute=compute,
+        mesh=Mesh(data=1),
     )
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(model, jax.random.key(0))))
-
-    def initialise(key: jax.Array):
-        params = nnx.to_pure_dict(nnx.state(Llama(model, key)))
-        return params, optimizer.init(params)
-
-    def update(params, state, batch):
-        def mean_loss(params):
-            merged = nnx.merge(graph, params)
-            total, weight, _ = loss(merged, None, batch, jax.random.key(0), compute)
-            return total / weight
-
-        value, gradients = jax.value_and_grad(mean_loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
+    mesh = sharding.make_mesh(config.mesh)
     tokens = random_tokens(model).astype(np.int32)
-    batch = {
+    rows = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "segment_ids": np.ones((BATCH, LENGTH), np.int32),
         "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
         "loss_weights": np.ones((BATCH, LENGTH), np.float32),
     }
-    held: dict[str, Any] = {"state": jax.jit(initialise)(jax.random.key(0))}
-    batch = jax.tree.map(jnp.asarray, batch)
-    compiled = jax.jit(update, donate_argnums=(0, 1))
+    with jax.set_mesh(mesh):
+        built = steps.build(config, mesh, 1000)
+        batch = jax.device_put(rows, {name: shape.sharding for name, shape in built.batch_shapes.items()})
+        held: dict[str, Any] = {"state": built.initial_state(jax.random.key(0))}
 
-    def step() -> float:
-        params, state, value = compiled(*held.pop("state"), batch)
-        held["state"] = jax.block_until_ready((params, state))
-        return float(value)
+        def step() -> float:
+            held["state"], metrics = built.train(held.pop("state"), batch)
+            jax.block_until_ready(held["state"])
+            return float(metrics["loss"])
 
-    return measure(step, num_steps)
+        return measure(step, num_steps)
 
 
 def run_torch(model: Model, is_checkpointed: bool, num_steps: int) -> Result:

@@ -234,21 +234,22 @@ def _train_function(
         scale = 1.0 / divisor
         if config.train.clip_norm is not None:
             scale *= jnp.minimum(1.0, config.train.clip_norm / jnp.maximum(norm, 1e-30))
-        gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
-
-        former = {name: state["parameters"][name] for name in trainable}
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], former)
-        rate = schedule(state["step"])
-        values = jax.tree.map(lambda value, update: value - rate * update, former, updates)
         apply = finite & state["healthy"]
         advance = state["healthy"] & (finite | (config.train.nonfinite == "skip"))
+        rate = schedule(state["step"])
 
-        def guarded(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
+        def move(values: dict[str, jax.Array], optimizer_state: Any) -> tuple[dict[str, jax.Array], Any]:
+            scaled = jax.tree.map(lambda gradient: gradient * scale, gradients)
+            updates, optimizer_state = optimizer.update(scaled, optimizer_state, values)
+            return jax.tree.map(lambda value, update: value - rate * update, values, updates), optimizer_state
 
+        # A branch, not a select per array: between select(new, old) pairs XLA keeps a copy of every old moment alive
+        # through the whole step, 8 bytes a parameter.
+        former = {name: state["parameters"][name] for name in trainable}
+        values, optimizer_state = jax.lax.cond(apply, move, lambda *unchanged: unchanged, former, state["optimizer"])
         state = {
-            "parameters": state["parameters"] | guarded(values, former),
-            "optimizer": guarded(optimizer_state, state["optimizer"]),
+            "parameters": state["parameters"] | values,
+            "optimizer": optimizer_state,
             "step": state["step"] + advance.astype(jnp.int32),
             "key": state["key"],
             "healthy": advance,
