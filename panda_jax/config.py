@@ -41,10 +41,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, config=STRICT)
 class InitFrom:
-    """Where the first weights come from."""
+    """Where the first weights come from: one of `checkpoint`, `hf` and `meta`."""
 
-    checkpoint: str
-    """A run folder or one of its checkpoints/<step> folders; only the parameters are read."""
+    checkpoint: str | None = None
+    """A run folder, one of its checkpoints/<step> folders, or a weights folder; only the parameters are read."""
+    hf: str | None = None
+    """A Hugging Face folder; converted once into <data.cache_dir>/weights and found there from then on."""
+    meta: str | None = None
+    """A folder with Meta's consolidated.*.pth files and params.json; converted once, like `hf`."""
+    new_rows: Literal["refuse", "normal", "mean", "zeros"] = "refuse"
+    """Rows that the weights lack: N(0, model.init_std), as Panda's [PAD] was drawn, the mean of the old rows, or 0."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> InitFrom:
+        given = [name for name in ("checkpoint", "hf", "meta") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"found {found}; give one of `checkpoint`, `hf` and `meta` (null takes one back)")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,7 +66,7 @@ class Model:
     """The LLaMA to train. `size` fills every field that is not given."""
 
     vocab_size: Positive
-    """Rows of the embedding and of the output layer; must equal the tokenizer's number of pieces."""
+    """Rows of the embedding and of the output layer: the tokenizer's pieces and tokenizer.extra_ids."""
     dim: Positive
     """Width of the residual stream."""
     num_layers: Positive
@@ -105,6 +119,8 @@ class Tokenizer:
 
     path: str
     """A SentencePiece .model file."""
+    extra_ids: Count = 0
+    """Rows of the model beyond the tokenizer's pieces that no text becomes, such as Panda's [PAD] = 32000."""
     train_vocab_size: Positive | None = None
     """When `path` does not exist: train a BPE vocabulary of this size on data.sources and write it there."""
     character_coverage: Fraction = 0.9995

@@ -1,4 +1,5 @@
-"""A short run of the installed package: every module imports, a sharded step trains, a checkpoint round-trips.
+"""A short run of the installed package: every module imports, a sharded step trains, a checkpoint round-trips, and is
+exported and imported by the checkout's converters without torch.
 
 Run as a script, so that it needs no test runner: `.ci/run` starts it on the newest Python of the machine, with the core
 dependencies alone, from a folder that is not the checkout.
@@ -64,6 +65,24 @@ def train(folder: Path, resume: str) -> list[dict[str, float]]:
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
+def convert(folder: Path) -> str:
+    """Export the run's checkpoint, import it again, and return what the two conversions printed."""
+    # A link, so that of the checkout nothing but the converters is found before the installed package.
+    (folder / "found").mkdir()
+    (folder / "found" / "convert").symlink_to(Path(__file__).resolve().parents[1] / "convert")
+    environment = os.environ | {"PYTHONPATH": str(folder / "found")}
+    printed = ""
+    for command, source, target in (("export", "runs/smoke", "exported"), ("import", "exported", "imported")):
+        arguments = ["-m", "convert.hf", command, "--input", source, "--output", target]
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"convert.hf {command} exited with {done.returncode}:\n{done.stdout}{done.stderr}")
+        printed += done.stdout
+    roots = [json.loads((folder / name / "conversion.json").read_text())["root"] for name in ("exported", "imported")]
+    assert roots[0] == roots[1], roots
+    return printed
+
+
 def main() -> None:
     """Raise or exit with a message for the first thing that does not work."""
     num_modules = import_everything()
@@ -78,6 +97,7 @@ def main() -> None:
         assert 5.7 < straight[1] < 6.3, straight
         resumed = train(folder, "2")[-1]
         assert (resumed["step"], resumed["loss"]) == (3, straight[3]), (resumed, straight)
+        print(convert(folder), end="")
     print(
         f"3 steps on 2 x 2 x 2 devices, loss {straight[1]:.3f} to {straight[3]:.3f}; step 3 again after a resume: equal"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import weights_folder
 from test_step import mesh_of
 
 from panda_jax import sharding
+from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.training import checkpoint as checkpoints
 from panda_jax.training import step as steps
+
+ORIGIN = {"added_tokens": {"[PAD]": 95}}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         state, _ = step.train(state, batch)
     folder = tmp_path_factory.mktemp("checkpoints")
     saver = checkpoints.Checkpointer(folder, keep=1, keep_steps=())
-    saver.save(1, state, {"must_match": {}}, b"model")
+    saver.save(1, state, {"must_match": {}, "model": tiny.MODEL, "step": 1, "init_from": ORIGIN}, b"model")
     saver.wait()
     return folder / "1", jax.device_get(state)
 
@@ -60,17 +65,65 @@ def test_parameters_alone(saved):
     values = checkpoints.restore_parameters(path, step.state_shapes["parameters"])
     assert_equal(jax.device_get(values), expected["parameters"])
     assert checkpoints.saved_parameter_shapes(path)["layers.wk"] == (3, 32, 4, 4)
+    some = {name: step.state_shapes["parameters"][name] for name in ("norm", "layers.wo")}
+    assert_equal(
+        jax.device_get(checkpoints.restore_parameters(path, some)),
+        {name: expected["parameters"][name] for name in some},
+    )
 
 
 def test_parameters_of_another_model_are_refused(saved):
     path, _ = saved
-    for model, message in [
-        ({"mlp_dim": 48}, r"layers.w_down is \(3, 40, 32\), the model needs \(3, 48, 32\)"),
-        ({"tie_embeddings": True}, r"lm_head is \(32, 96\), the model needs no such parameter"),
-    ]:
-        step = steps.build(tiny.config(model=model), mesh_of(1, 1, 1), run_steps=2)
-        with pytest.raises(InputError, match=message):
-            checkpoints.restore_parameters(path, step.state_shapes["parameters"])
+    shapes = steps.build(tiny.config(model={"mlp_dim": 48}), mesh_of(1, 1, 1), run_steps=2).state_shapes["parameters"]
+    with pytest.raises(InputError, match=r"layers.w_down is \(3, 40, 32\), the model needs \(3, 48, 32\)"):
+        checkpoints.restore_parameters(path, shapes)
+    with pytest.raises(InputError, match=r"layers.bias is absent, the model needs \(32,\)"):
+        checkpoints.restore_parameters(path, {"layers.bias": shapes["norm"]})
+
+
+def test_parameters_one_by_one_are_those_restored_whole(saved, tmp_path):
+    """Each stored tensor, [out, in], is its layer of the array; output n * H + h of a projection is head n, part h."""
+    path, expected = saved
+    values = expected["parameters"]
+    for folder in (path, path.parent):
+        weights = checkpoints.open_source(folder)
+        assert weights.model == Model(**tiny.MODEL)
+        assert (weights.tokenizer_model, weights.added_tokens) == (b"model", {"[PAD]": 95})
+        assert (weights.provenance["step"], weights.provenance["init_from"]) == (1, ORIGIN)
+    assert len(weights.tensors) == 3 + 9 * 3
+    tensors = {name: lazy.read() for name, lazy in weights.tensors.items()}
+    assert_equal(weights_folder.in_model_layout(tensors, weights.model), values)
+    for name, lazy in weights.tensors.items():
+        array = tensors[name]
+        assert (array.shape, array.dtype, array.flags.c_contiguous) == (lazy.shape, np.float32, True), name
+    with pytest.raises(InputError, match="no complete checkpoint here"):
+        checkpoints.open_source(tmp_path)
+
+
+def test_a_layer_can_be_read_without_the_others(tmp_path, monkeypatch):
+    """On the disk a stack of matrices is cut between layers, and an array too large for one piece in any dimension.
+
+    600 x 1 kB in pieces of at most 256 kB: 200 rows, the largest divisor of 600 under 256, are 204,800 bytes.
+    """
+    monkeypatch.setattr(checkpoints, "CHUNK_BYTES", 256 << 10)
+    sizes = {"layers.wq": (3, 32, 8, 4), "layers.attn_norm": (3, 32), "embed": (600, 256), "norm": (32,)}
+    values = {name: np.arange(np.prod(size), dtype=np.float32).reshape(size) for name, size in sizes.items()}
+    saver = checkpoints.Checkpointer(tmp_path, keep=1, keep_steps=())
+    saver.save(1, jax.device_put(small_state() | {"parameters": values}), {}, b"")
+    saver.wait()
+    arrays = {name: checkpoints._open_array(tmp_path / "1", name) for name in sizes}
+    pieces = {name: tuple(array.chunk_layout.read_chunk.shape) for name, array in arrays.items()}
+    assert pieces == {"layers.wq": (1, 32, 8, 4), "layers.attn_norm": (3, 32), "embed": (200, 256), "norm": (32,)}
+    np.testing.assert_array_equal(arrays["layers.wq"][1].read().result(), values["layers.wq"][1])
+
+
+def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
+    path, _ = saved
+    copy = shutil.copytree(path, tmp_path / "1")
+    (copy / "tokenizer.model").write_bytes(b"nodel")
+    with pytest.raises(InputError, match="tokenizer.model has changed since it was written"):
+        checkpoints.open_source(copy)
+    assert checkpoints.open_source(path).tokenizer_model == b"model"
 
 
 def test_periodic_checkpoints_are_deleted_and_named_ones_kept(tmp_path):

@@ -76,6 +76,11 @@ def test_parameters_of_a_small_model_by_hand() -> None:
         (lambda: Data(sources=(weighted("a"), weighted("b"))), "sources with `weight` need `total_tokens`"),
         (lambda: Data(sources=(SOURCES[0], SOURCES[0])), "two sources are called 'wiki2019zh'"),
         (lambda: Data(sources=SOURCES, max_dropped_fraction=1.1), "less than or equal to 1"),
+        (lambda: InitFrom(), "found none of them; give one of `checkpoint`, `hf` and `meta`"),
+        (lambda: InitFrom(hf="a", meta="b"), "found hf and meta; give one of"),
+        (lambda: InitFrom(checkpoint="a", hf="b", meta="c"), "found checkpoint and hf and meta; give one of"),
+        (lambda: InitFrom(hf="a", new_rows="random"), "new_rows"),  # pyright: ignore[reportArgumentType]
+        (lambda: Tokenizer(path="a", extra_ids=-1), "greater than or equal to 0"),
         (lambda: Lion(kind="adamw"), "lion"),  # pyright: ignore[reportArgumentType]
     ],
 )
@@ -162,6 +167,20 @@ def test_the_second_stage_starts_from_the_first() -> None:
         assert second.model.init_from == InitFrom(checkpoint=f"{first.log.runs_dir}/{first.name}")
         assert second.checkpoint.steps == (3000, 6000, 9000) and second.tokenizer == first.tokenizer
         assert len(second.data.sources) == 6 and len(first.data.sources) == 5
+
+
+def test_foreign_weights_and_the_row_for_padding() -> None:
+    """PROTOCOLS.md §4.4: the original's vocabulary is 32,001 rows; 32,001 = 3 x 10,667 does not divide over 65B's 4."""
+    for name in BATCHES:
+        run = panda_run(name)
+        start = run.model.init_from
+        assert start is not None and run.model.vocab_size == 32000 + run.tokenizer.extra_ids
+        assert run.tokenizer.extra_ids == (0 if name in ("65b_pretrain", "llama2_13b_pretrain") else 1)
+        assert (start.hf is None) == name.endswith("_coig")
+        assert start.new_rows == ("normal" if start.hf and run.tokenizer.extra_ids else "refuse")
+    meta = ["model.init_from.hf=null", "model.init_from.meta=data/llama/7B"]
+    start = settings.load(str(REPOSITORY / "configs" / "panda" / "7b_pretrain.yaml"), meta).model.init_from
+    assert start == InitFrom(meta="data/llama/7B", new_rows="normal")
 
 
 def test_the_mixed_run_uses_instructions_twice_and_corpora_once() -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     {"config", "errors", "atomic"},
     {"schema"},
     {"settings"},
-    {"command_line", "text", "sharding"},
+    {"command_line", "text", "sharding", "weights"},
     {"data"},
     {"model"},
     {"objectives"},
@@ -30,6 +30,7 @@ ROOM_OF_LIBRARY = {
     "grain": "panda_jax.data.loader",
     "orbax": "panda_jax.training.checkpoint",
     "sentencepiece": "panda_jax.text",
+    "tensorstore": "panda_jax.training.checkpoint",
     "torch": "no room",
     "transformers": "no room",
 }

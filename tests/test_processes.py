@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny_run
 
 from panda_jax.training.checkpoint import committed_steps
+
+pytestmark = pytest.mark.whole_run
 
 
 def start_processes(config: Path, count: int, devices_each: int, *arguments: str) -> list[subprocess.Popen[str]]:

@@ -12,9 +12,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import tiny_run
 
 from panda_jax.training.checkpoint import committed_steps
+
+pytestmark = pytest.mark.whole_run
 
 COMBINATIONS = [
     (packing, mixture, micro, devices)

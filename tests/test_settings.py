@@ -309,7 +309,7 @@ def test_help_names_every_setting_with_type_default_and_documentation() -> None:
     for expected in (
         "name (text; required) Name of the run and of its folder.",
         "model.norm_eps (number > 0; required) Epsilon inside RMSNorm",
-        "model.init_from.checkpoint (text; required)",
+        "model.init_from.checkpoint (text or null; default null)",
         "data.sources.N.held_out (integer >= 0 or 'all'; default 0)",
         "data.sources.N.epochs (number >= 0 or null; default null)",
         "[optimizer, kind: lion] Sign of an interpolated momentum",

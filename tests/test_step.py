@@ -13,7 +13,7 @@ from panda_jax import sharding
 from panda_jax.config import Adafactor, AdamW, Config, Lion, Schedule
 from panda_jax.errors import InputError
 from panda_jax.training import step as steps
-from panda_jax.training.optimizer import learning_rate
+from panda_jax.training.step import learning_rate
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_run
+import weights_folder
 import yaml
 
 from panda_jax import train
 from panda_jax.command_line import exit_status
+from panda_jax.config import Model
 from panda_jax.training.checkpoint import committed_steps
+
+pytestmark = pytest.mark.whole_run
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -169,15 +174,39 @@ def test_stage_two_starts_from_the_weights_of_stage_one(world, capsys):
     assert len(names) == 12
     for name in names:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
-    for change, said in {
-        "model.num_layers=3": "model.num_layers 2, this run 3",
-        "model.mlp_dim=32": "model.mlp_dim 24",
-    }.items():
-        assert exit_status(train.main, arguments(world, "third", change, model=start, train=one_step)) == 2
-        assert said in capsys.readouterr().err
+    assert exit_status(train.main, arguments(world, "third", "model.num_layers=3", model=start, train=one_step)) == 2
+    assert "model.num_layers 2, this run 3; write `num_layers: 2` under `model:`" in capsys.readouterr().err
     missing = {"init_from": {"checkpoint": str(world / "nowhere")}}
     assert exit_status(train.main, arguments(world, "third", model=missing)) == 2
     assert "no complete checkpoint here" in capsys.readouterr().err
+
+
+def test_weights_from_elsewhere_grow_and_are_remembered(world, tmp_path, capsys):
+    """352 pieces and four rows more, from a folder of float16; a resumed run still knows where it began."""
+    heads: dict[str, Any] = dict(num_heads=4, num_kv_heads=2, mlp_dim=24, norm_eps=1e-5, context_length=64)
+    theirs = Model(vocab_size=352, dim=16, num_layers=2, **heads)
+    tensors = weights_folder.random_tensors(theirs, np.float16)
+    tokenizer = (world / "tokenizer.model").read_bytes()
+    source = weights_folder.write(tmp_path / "w", theirs, tensors, tokenizer)
+    changes: dict[str, Any] = {
+        "model": {"vocab_size": 356, "init_from": {"checkpoint": str(source), "new_rows": "zeros"}},
+        "tokenizer": {"path": str(world / "tokenizer.model"), "extra_ids": 4},
+        "optimizer": {"learning_rate": 1e-30},
+        "schedule": {"total_steps": 2},
+    }
+    assert exit_status(train.main, arguments(world, "foreign", train={"max_steps": 1}, **changes)) == 0
+    said = f"parameters from {source} (hf: somebody/llama, float16, root 1a2b1a2b1a2b…, new rows: 4 zeros)"
+    assert said in capsys.readouterr().out
+    checkpoints = world / "runs" / "foreign" / "checkpoints"
+    saved = tiny_run.saved_arrays(checkpoints / "1")
+    for name, expected in weights_folder.in_model_layout(tensors, theirs).items():
+        rows = {"embed": ((0, 4), (0, 0)), "lm_head": ((0, 0), (0, 4))}.get(name, ((0, 0),) * expected.ndim)
+        found = saved[f"parameters/{name}"]
+        np.testing.assert_allclose(found, np.pad(expected, rows), rtol=0, atol=1e-29, err_msg=name)
+    assert exit_status(train.main, arguments(world, "foreign", train={"max_steps": 2}, **changes)) == 0
+    assert "resuming after step 1" in capsys.readouterr().out
+    origins = [json.loads((checkpoints / step / "run.json").read_text("utf-8"))["init_from"] for step in ("1", "2")]
+    assert origins[0] == origins[1] and origins[0]["provenance"]["root"] == "1a2b" * 16
 
 
 def test_a_non_finite_gradient_stops_with_the_records_named(world, capsys):

@@ -52,6 +52,11 @@ class Progress(NamedTuple):
     is_finished: bool
 
 
+def _and_extra_ids(config: Config) -> str:
+    extra_ids = config.tokenizer.extra_ids
+    return f" and tokenizer.extra_ids is {extra_ids}" if extra_ids else ""
+
+
 def prepare(config: Config, tokenizer: Tokenizer, progress: Callable[[Progress], None]) -> list[TokenCache]:
     """Tokenise every source of config.data that is not in the cache yet, and open all, in the order of the sources.
 
@@ -59,10 +64,11 @@ def prepare(config: Config, tokenizer: Tokenizer, progress: Callable[[Progress],
     workers. Raises InputError for bad records, for a tokenizer of another size than the model, and for a source that
     loses more than config.data.max_dropped_fraction of its examples; OSError where the disk is full or read-only.
     """
-    if tokenizer.vocab_size != config.model.vocab_size:
+    rows = tokenizer.vocab_size + config.tokenizer.extra_ids
+    if rows != config.model.vocab_size:
         raise InputError(
             f"model.vocab_size: {config.model.vocab_size}, but {config.tokenizer.path} has {tokenizer.vocab_size} "
-            f"pieces; set model.vocab_size={tokenizer.vocab_size} or name another tokenizer"
+            f"pieces{_and_extra_ids(config)}; set model.vocab_size={rows} or name another tokenizer"
         )
     caches = []
     hashes = _FileHashes(Path(config.data.cache_dir) / "file-hashes.json")

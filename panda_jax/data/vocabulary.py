@@ -23,10 +23,10 @@ def load_or_train_tokenizer(config: Config) -> Tokenizer:
     """
     path, size = config.tokenizer.path, config.tokenizer.train_vocab_size
     if size is not None and not Path(path).exists():
-        if size != config.model.vocab_size:
+        if size + config.tokenizer.extra_ids != config.model.vocab_size:
             raise InputError(
-                f"tokenizer.train_vocab_size: {size}, but model.vocab_size is {config.model.vocab_size}; "
-                "make them equal"
+                f"tokenizer.train_vocab_size: {size}, but model.vocab_size is {config.model.vocab_size} and "
+                f"tokenizer.extra_ids {config.tokenizer.extra_ids}; the first and the last must add up to the second"
             )
         train_vocabulary(_texts(config), config.tokenizer)
     tokenizer = Tokenizer.load(path)

@@ -24,21 +24,25 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from panda_jax import settings
 from panda_jax.atomic import write_atomically
-from panda_jax.config import Config
+from panda_jax.config import Config, Model
 from panda_jax.data.cache import TokenCache
 from panda_jax.data.packing import Plan
 from panda_jax.errors import InputError
 from panda_jax.sharding import wait_for_all
 from panda_jax.text.tokenizer import Tokenizer
+from panda_jax.weights import Lazy, Weights, from_model, is_weights_folder, open_weights, stored_shapes
 
 # Settings of the model that may differ between the run that wrote the weights and the run that reads them.
 NOT_ARCHITECTURE = ("size", "init_from", "init_std", "context_length")
 MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
+# An array lies on the disk in pieces of at most this size, so that a part of it can be read without the rest.
+CHUNK_BYTES = 64 << 20
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -156,22 +160,71 @@ def restore(checkpoint: Path, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_parameters(checkpoint: Path, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters alone; raise InputError where names or shapes differ from what the model needs."""
+    """Return the parameters that `shapes` names, and no others; raise InputError where one is absent or differs."""
     saved = saved_parameter_shapes(checkpoint)
-    for name in [*shapes, *saved]:
-        have, need = saved.get(name), shapes[name].shape if name in shapes else None
-        if have != need:
+    for name, need in shapes.items():
+        if saved.get(name) != need.shape:
             raise InputError(
-                f"{checkpoint}: {name} is {have or 'absent'}, the model needs {need or 'no such parameter'}; "
+                f"{checkpoint}: {name} is {saved.get(name) or 'absent'}, the model needs {need.shape}; "
                 f"use the model settings of the run that wrote it"
             )
-    return ocp.load_checkpointables(_arrays(checkpoint), {"parameters": shapes})["parameters"]
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load_checkpointables(_arrays(checkpoint), {"parameters": shapes})["parameters"]
 
 
 def saved_parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter in a checkpoint without reading the arrays."""
     metadata = ocp.checkpointables_metadata(_arrays(checkpoint)).metadata["parameters"]
     return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+
+
+# ---- parameters one by one ------------------------------------------------------------------------------------------
+
+
+def open_source(folder: Path) -> Weights:
+    """Open the parameters of a weights folder, of a run folder (its newest good step) or of one of its steps.
+
+    Raises InputError where there is nothing complete, or something damaged.
+    """
+    return open_weights(folder) if is_weights_folder(folder) else open_parameters(resolve(str(folder)))
+
+
+def open_parameters(checkpoint: Path) -> Weights:
+    """Open the parameters of a checkpoint: float32, one layer of one of them read from the disk at a time.
+
+    `checkpoint` is what resolve() returned, which has verified its files.
+    """
+    run = read_run(checkpoint)
+    if "model" not in run:
+        raise InputError(f"{checkpoint / 'run.json'}: no `model`, it is from an older panda_jax; resume and save anew")
+    model, start = Model(**run["model"]), run.get("init_from") or {}
+    arrays = {name: _open_array(checkpoint, name) for name in saved_parameter_shapes(checkpoint)}
+    tensors = {name: _stored(name, shape, arrays, model) for name, shape in stored_shapes(model).items()}
+    found = {"format": "checkpoint", "path": str(checkpoint.absolute()), "step": run.get("step"), "init_from": start}
+    found |= {"config": run["config"], "notes": []}
+    tokenizer_model = (checkpoint / "tokenizer.model").read_bytes()
+    return Weights(model, tensors, tokenizer_model, start.get("added_tokens", {}), found)
+
+
+def _open_array(checkpoint: Path, name: str) -> Any:
+    """Open one parameter where Orbax has put it; nothing but metadata is read before it is indexed."""
+    folder = {"driver": "file", "path": f"{(checkpoint / 'state' / 'parameters').absolute()}/"}
+    place = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
+
+
+def _stored(name: str, shape: tuple[int, ...], arrays: dict[str, Any], model: Model) -> Lazy:
+    """Return the stored tensor `name` ("layers.3.wq", "embed") as a slice of the array that holds it."""
+    room, _, rest = name.partition(".")
+    layer, _, parameter = rest.partition(".")
+
+    def read() -> np.ndarray:
+        part = arrays[f"{room}.{parameter}"][int(layer)] if layer else arrays[name]
+        return from_model(name, part.read().result(), model)
+
+    return Lazy(shape, np.dtype(np.float32), read)
 
 
 # ---- what makes a run this run --------------------------------------------------------------------------------------
@@ -204,6 +257,7 @@ def describe_run(config: Config, tokenizer: Tokenizer, caches: Sequence[TokenCac
     }
     return {
         "must_match": json.loads(json.dumps(must_match)),
+        "model": {name: value for name, value in dataclasses.asdict(config.model).items() if name != "init_from"},
         "versions": versions | {"panda_jax": _own_version(), "python": platform.python_version()},
         "config": settings.to_yaml(config),
     }
@@ -221,10 +275,8 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         # A changed template changes the data, and changed data change the order: the first cause alone is worth saying.
         causes = [change for change in changed if not change.startswith(("data of", "order of the data"))]
         causes = causes or [change for change in changed if change.startswith("data of")] or changed
-        raise InputError(
-            f"{checkpoint}: cannot resume, {'; '.join(causes)}; restore the old settings, rename the run, or "
-            f"start again from these weights with model.init_from"
-        )
+        raise InputError(f"{checkpoint}: cannot resume, {'; '.join(causes)}; restore the old settings, rename the run, "
+                         f"or start again from these weights with model.init_from")  # fmt: skip
 
 
 def _short(value: Any) -> str:
@@ -237,17 +289,6 @@ def _own_version() -> str:
         return importlib.metadata.version("panda-jax")
     except importlib.metadata.PackageNotFoundError:
         return "source tree"
-
-
-def check_same_model(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Raise InputError when the weights to start from belong to another tokenizer or another architecture."""
-    saved, now = read_run(checkpoint)["must_match"], run["must_match"]
-    for name in now:
-        if (name == "tokenizer" or name.startswith("model.")) and saved.get(name) != now[name]:
-            raise InputError(
-                f"model.init_from: {checkpoint} has {name} {_short(saved.get(name))}, this run {_short(now[name])}; "
-                f"use the tokenizer and model settings of the run that wrote it"
-            )
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -270,6 +311,13 @@ def set_aside_newer(folder: Path, step: int) -> list[str]:
         )
         renamed.append(newer.rename(target).name)
     return sorted(renamed)
+
+
+def _storage_options(key: Any, value: Any) -> Any:
+    """Return how one array is cut into pieces on the disk: the matrices of a stack layer by layer."""
+    is_stack = "layers." in jax.tree_util.keystr(key) and value.ndim > 2
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if is_stack else ())
 
 
 class Checkpointer:
@@ -297,7 +345,10 @@ class Checkpointer:
             (checkpoint / "tokenizer.model").write_bytes(tokenizer_model)
             write_atomically(checkpoint / "run.json", [json.dumps(run, ensure_ascii=False, indent=1).encode()])
         wait_for_all(f"checkpoint-{step}-folder")
-        response = ocp.save_checkpointables_async(_arrays(checkpoint), _parts(state))
+        context = ocp.Context()
+        context.array.saving.scoped_storage_options_creator = _storage_options
+        with context:
+            response = ocp.save_checkpointables_async(_arrays(checkpoint), _parts(state))
         self._thread = threading.Thread(target=self._finish, args=(checkpoint, response), name="checkpoint")
         self._thread.start()
 

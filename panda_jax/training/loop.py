@@ -23,9 +23,8 @@ from panda_jax.data.packing import Plan
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
-from panda_jax.training import metrics
+from panda_jax.training import metrics, start
 from panda_jax.training import step as steps
-from panda_jax.training.card import start_card
 
 # How many steps may be dispatched before the oldest is looked at: enough to keep the devices busy, few enough that
 # batches do not pile up on them and that a non-finite gradient is reported at once.
@@ -58,13 +57,14 @@ def train(config: Config, resume: str) -> Path:
     # ---- model, optimizer and the step over them -------------------------------------------------------------------
     step = steps.build(config, mesh, plan.num_steps)
     with jax.set_mesh(mesh):
-        state, first_step = initial_state(config, step, folder / "checkpoints", resume, run, say)
+        kept = folder / "checkpoints"
+        state, first_step, run = start.initial_state(config, step, kept, resume, run, tokenizer, say)
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(settings.to_yaml(config), encoding="utf-8")
-            say(start_card(config, step, plan, caches, tokenizer, first_step))
+            say(metrics.start_card(config, step, plan, caches, tokenizer, first_step))
         recorder = metrics.Recorder(config, folder, first_step, writes=is_first)
-        saver = checkpoints.Checkpointer(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.steps)
+        saver = checkpoints.Checkpointer(kept, config.checkpoint.keep, config.checkpoint.steps)
         if is_first and first_step < plan.num_steps:
             saver.check_room(state)
         held_out_loss = HeldOut(config, step, plan, caches, recorder)
@@ -148,33 +148,6 @@ def prepare_data(config: Config) -> None:
 def is_due(every_steps: int | None, finished: int) -> bool:
     """Tell whether something done every so many steps is due after `finished` steps."""
     return every_steps is not None and finished % every_steps == 0
-
-
-def initial_state(
-    config: Config, step: steps.Step, folder: Path, resume: str, run: dict[str, Any], say: Callable[[str], None]
-) -> tuple[steps.State, int]:
-    """Return (state, finished steps): resumed from `folder`, or started from model.init_from or from random weights."""
-    found = None
-    if resume != "never":
-        if resume != "auto" and not resume.isdigit():
-            raise InputError(f"--resume {resume}: expected auto, never or the step of a checkpoint")
-        found = checkpoints.find_good(folder, None if resume == "auto" else int(resume), say)
-    if jax.process_index() == 0:
-        for name in checkpoints.set_aside_newer(folder, -1 if found is None else found):
-            say(f"set aside as {folder / name}: it lies after the point this run starts from")
-    sharding.wait_for_all("starting point chosen")
-    if found is not None:
-        checkpoints.check_same_run(folder / str(found), run)
-        say(f"resuming after step {found} from {folder / str(found)}")
-        return checkpoints.restore(folder / str(found), step.state_shapes), found
-
-    state = step.initial_state(jax.random.key(config.seed))
-    if config.model.init_from is not None:
-        source = checkpoints.resolve(config.model.init_from.checkpoint)
-        checkpoints.check_same_model(source, run)
-        state["parameters"] = checkpoints.restore_parameters(source, step.state_shapes["parameters"])
-        say(f"parameters from {source}")
-    return state, 0
 
 
 def measurements(

@@ -1,4 +1,6 @@
-"""What a run reports: metrics.jsonl, TensorBoard, W&B if asked, the progress line, and the loss figure."""
+"""What a run reports: the card before its first step, metrics.jsonl, TensorBoard, W&B if asked, the progress line, and
+the loss figure.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +19,11 @@ from rich.console import Console
 from panda_jax.atomic import write_atomically
 from panda_jax.config import Config
 from panda_jax.config import Model as ModelConfig
+from panda_jax.data.cache import TokenCache, preview
+from panda_jax.data.packing import Plan
+from panda_jax.model.attention import choose_backend
+from panda_jax.text.tokenizer import Tokenizer
+from panda_jax.training.step import Step
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of JAX's device_kind; from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -73,6 +80,41 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 60}m {whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def start_card(
+    config: Config, step: Step, plan: Plan, caches: Sequence[TokenCache], tokenizer: Tokenizer, first_step: int
+) -> str:
+    """Return what will be trained, on what and where, and the first record of the run, its trained part marked."""
+    model, mesh, batch = config.model, step.mesh, config.train.global_batch_size
+    totals = plan.totals(caches)
+    trainable = sum(leaf.size for name, leaf in step.parameters.shapes.items() if name in step.trainable)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    micro = config.train.micro_batch_size
+    device = mesh.devices.flat[0]
+    optimizer, schedule = config.optimizer, config.schedule
+    lines = {
+        "run": f"{config.name}, objective {config.objective}, seed {config.seed}",
+        "model": f"{model.size or 'llama'}: {model.num_parameters:,} parameters"
+        + ("" if trainable == model.num_parameters else f", {trainable:,} trained")
+        + f"; {model.num_layers} layers x {model.dim}, {model.num_heads} heads, {model.num_kv_heads} kv heads",
+        "devices": f"{mesh.devices.size} x {device.device_kind} ({device.platform}), {shape}, zero {config.mesh.zero}"
+        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        "compute": f"{config.compute.dtype}, attention {choose_backend(model, config.compute, config.data.seq_len)}, "
+        f"remat {config.compute.remat}, layers {config.compute.layer_loop}",
+        "batch": f"{batch} rows x {config.data.seq_len} = {batch * config.data.seq_len:,} tokens a step"
+        + (f", in micro-batches of {micro} rows a device" if micro else ""),
+        "steps": f"{plan.num_steps:,} = {plan.epoch(plan.num_steps):.2f} epochs, {totals.tokens:,} tokens, "
+        f"{totals.padding_fraction:.1%} padding" + (f"; {first_step:,} are done" if first_step else ""),
+        "sources": ", ".join(
+            f"{name} {tokens / totals.tokens:.1%}" for name, tokens in totals.tokens_per_source.items()
+        ),
+        "optimizer": f"{optimizer.kind}, {schedule.kind} schedule, peak learning rate {optimizer.learning_rate:g}",
+    }
+    width = max(map(len, lines))
+    source, window = plan.row(0)[0]
+    example = preview(caches[source], tokenizer, window, sys.stdout.isatty())
+    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in lines.items()), "", "first record:", example])
 
 
 class Recorder:
