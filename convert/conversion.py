@@ -18,6 +18,7 @@ from convert.parity import Parity
 from convert.transfer import ProofFailed, Target, Written
 from panda_jax.command_line import Parser, run_door
 from panda_jax.config import Model
+from panda_jax.errors import InputError
 from panda_jax.weights import Weights
 
 DTYPE_CHOICES = ("keep", "float32", "float16", "bfloat16")
@@ -64,6 +65,11 @@ def convert(source: Weights, target: Target, options: argparse.Namespace, title:
     """
     entries = transfer.plan_entries(source.tensors, options.dtype)
     output: Path = options.output
+    for name in {"input", "base", "target", "delta"} & vars(options).keys():
+        if output.resolve() in getattr(options, name).resolve().parents:
+            raise InputError(
+                f"--{name} {getattr(options, name)}: lies inside --output {output}, which would be replaced"
+            )
     try:
         with transfer.staged(output, options.overwrite) as folder:
             transfer.check_room(folder, transfer.num_bytes(entries))
@@ -116,7 +122,9 @@ def prove(folder: Path, target: Target, model: Model, written: Written, prove_lo
     changed = transfer.differences(reopened.tensors, written.hashes)
     result: dict[str, Any] = {"verified": True, "round_trip_equal": len(written.hashes) - len(changed)}
     if not target.is_lossless:
-        result["round_trip"] = f"{len(written.hashes) - len(changed)} of {len(written.hashes)} tensors bit for bit"
+        result["round_trip"] = (
+            f"{len(written.hashes) - len(changed)} of {len(written.hashes)} tensors restored bit for bit"
+        )
     elif changed:
         failure = f"{len(changed)} tensors read back differ from what was written, the first is {changed[0]}"
         return result | {"passed": False, "failure": failure}
@@ -146,9 +154,9 @@ def summary(output: Path, report: dict[str, Any]) -> str:
     line += f", root {report['root'][:16]}"
     if not report["verified"]:
         return f"{line}; NOT verified (--no-verify)"
-    logits = report["logits"]
+    logits, line = report["logits"], f"{line}; {report.get('round_trip', 'every tensor read back equal')}"
     if isinstance(logits, str):
-        return f"{line}; every tensor read back equal; logits {logits}"
+        return f"{line}; logits {logits}"
     layers = f"{logits['layers_compared']} of {logits['num_layers']} layers"
-    return (f"{line}; every tensor read back equal; logits within {logits['max_abs_difference']:.1e} of "
+    return (f"{line}; logits within {logits['max_abs_difference']:.1e} of "
             f"{logits['against']} ({layers})")  # fmt: skip

@@ -21,9 +21,9 @@ from convert.chat_template import chat_template
 from convert.conversion import DTYPE_CHOICES, convert, run
 from convert.delta_folder import DeltaFolder, Ledger, PublishedFolder
 from convert.delta_published import RULES
-from convert.hf import compare, shard_bytes
 from convert.hf_folder import CONFIG, HfFolder, add_tokenizer_argument, read_config
-from convert.native import NativeFolder
+from convert.native import SHARD_BYTES, NativeFolder
+from convert.proofs import against_transformers
 from convert.sources import open_any
 from convert.transfer import Target, progress_bar
 from panda_jax.command_line import Parser
@@ -31,8 +31,6 @@ from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.weights import Weights
-
-SHARD_SIZE = "4GB"
 
 
 def main(arguments: list[str]) -> int:
@@ -100,8 +98,10 @@ def apply(options: argparse.Namespace) -> int:
     target: Target = NativeFolder()
     if options.to == "hf":
         card = model_card(restored, options.output.name)
-        target = HfFolder(shard_bytes(SHARD_SIZE), chat_template(restored), card, options.tokenizer == "exact")
-    status = convert(restored, target, options, "applying the delta", compare if options.to == "hf" else no_logits)
+        target = HfFolder(SHARD_BYTES, chat_template(restored), card, options.tokenizer == "exact")
+    status = convert(
+        restored, target, options, "applying the delta", against_transformers if options.to == "hf" else no_logits
+    )
     if status == 0 and ledger.evidence:
         print(unverified(ledger))
     return status

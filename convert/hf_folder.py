@@ -45,10 +45,10 @@ def read_hf(folder: Path) -> Weights:
     found, container = read_tensors(folder)
     model = model_of(settings, folder / CONFIG, is_tied="lm_head.weight" not in found)
     wanted = {name: row.hf for name, row in mapping.rows(model).items()}
-    if model.tie_embeddings:
-        found = {name: tensor for name, tensor in found.items() if name != "lm_head.weight"}
-    tensors = mapping.take(found, wanted, model, str(folder))
     notes = []
+    if model.tie_embeddings and found.pop("lm_head.weight", None):
+        notes.append("lm_head.weight left out: config.json ties it to the embedding")
+    tensors = mapping.take(found, wanted, model, str(folder))
     if any(mapping.is_ignored(name) for name in found):
         notes.append("rotary inv_freq buffers left out: they are computed")
     tokenizer_model, added_tokens = tokenizer_of(folder, model, notes)

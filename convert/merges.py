@@ -43,8 +43,10 @@ def exact_merges(scores: Mapping[str, float]) -> list[Merge]:
         for half in halves:
             uses[half].append(piece)
             if half not in scores:
-                raise InputError(f"tokenizer.model: {piece!r} is made from {half!r}, which is no piece; and tokenizer.json "
-                                 f"cannot do what SentencePiece does; export with --tokenizer sentencepiece")  # fmt: skip
+                raise InputError(
+                    f"tokenizer.model: {piece!r} is made from {half!r}, which is no piece; tokenizer.json cannot do "
+                    f"what SentencePiece does; export with --tokenizer sentencepiece"
+                )
     return [
         merges[piece] for score in sorted(groups, reverse=True) for piece in _order(groups[score], merges, uses, scores)
     ]

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert import parity
 from convert.conversion import ConversionParser, convert, run, unrounded
-from convert.meta_folder import DEFAULT_NORM_EPS, PARAMS, MetaFolder, merged, read_meta, read_params, read_ranks
+from convert.meta_folder import MetaFolder, read_meta
 from convert.native import NativeFolder
-from convert.parity import Parity
+from convert.proofs import against_meta
 from convert.sources import open_any
 from panda_jax.errors import InputError
-from panda_jax.weights import Weights
 
 
 def main(arguments: list[str]) -> int:
@@ -26,20 +24,12 @@ def main(arguments: list[str]) -> int:
     if options.command == "import":
         source: Path = options.input
         weights = read_meta(source)
-        proof = lambda _, ours: compare(source, unrounded(weights, ours))  # noqa: E731
+        proof = lambda _, ours: against_meta(source, unrounded(weights, ours))  # noqa: E731
         return convert(weights, NativeFolder(), options, "importing", proof)
     if options.shards < 1:
         raise InputError(f"--shards {options.shards}: expected 1 or more")
     target = MetaFolder(options.shards)
-    return convert(open_any(options.input), target, options, "exporting", compare)
-
-
-def compare(folder: Path, ours: Weights) -> Parity:
-    """Compare our logits with those of a Meta folder, computed in Meta's convention."""
-    probe = parity.make_probe(ours.model)
-    params = {"norm_eps": DEFAULT_NORM_EPS} | read_params(folder / PARAMS)
-    theirs = parity.meta_logits(merged(read_ranks(folder), folder), params, probe)
-    return parity.compare(parity.our_logits(ours.tensors, ours.model, probe), theirs, probe, "Meta's convention")
+    return convert(open_any(options.input), target, options, "exporting", against_meta)
 
 
 if __name__ == "__main__":

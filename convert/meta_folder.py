@@ -193,6 +193,11 @@ class MetaFolder:
             raise InputError("Meta's layout has no tied output layer; export to Hugging Face's instead")
         if model.num_kv_heads % self.num_ranks:
             raise InputError(f"--shards {self.num_ranks}: does not divide the {model.num_kv_heads} key/value heads")
+        if source.added_tokens:
+            names = ", ".join(source.added_tokens)
+            source.provenance["notes"].append(
+                f"Meta's layout has no place for the added tokens {names}; their rows stay"
+            )
         return MetaSink(folder, source, entries, self.num_ranks)
 
     def reopen(self, folder: Path) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +11,18 @@ from typing import BinaryIO
 import numpy as np
 
 from convert.transfer import Entries
+from panda_jax.errors import InputError
 from panda_jax.weights import safetensors_header
+
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes in a text such as 500MB or 4GB; raise InputError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise InputError(f"--shard-size {text}: expected a number and a unit, such as 500MB or 4GB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def plan_shards(entries: Entries, shard_bytes: int) -> list[Entries]:

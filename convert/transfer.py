@@ -131,6 +131,7 @@ def _delete_unless_alive(debris: Path) -> None:
 
 
 def _take_the_name(folder: Path, output: Path) -> None:
+    _bring_to_disk(folder)
     if not output.exists():
         folder.rename(output)
     elif _exchange(folder, output):
@@ -140,6 +141,16 @@ def _take_the_name(folder: Path, output: Path) -> None:
         output.rename(former)
         folder.rename(output)
         shutil.rmtree(former)
+    _bring_to_disk(output.parent)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """Make the names in a folder outlast a crash of the machine; its files are on the disk already."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:

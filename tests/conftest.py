@@ -14,7 +14,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kill-points", type=int, default=1, help="random moments at which test_resume kills a run")
+    parser.addoption(
+        "--kill-points", type=int, default=1, help="random moments at which the tests kill a run or a conversion"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,10 @@ class Size:
         return self.dim // self.num_heads
 
 
-# int(8 * 32 / 3) = 85 -> 88; int(0.5 * 85) = 42 -> 60; int(8 * 48 / 3) = 128 -> 132. 271 is prime, and 8 does not
-# divide 132 either.
+# int(8 * 32 / 3) = 85 -> 88; int(0.75 * 85) = 63, and without the first int() 64 -> 70; int(8 * 48 / 3) = 128 -> 132.
+# 271 is prime, 2 does not divide 63, and 8 does not divide 132.
 GQA = Size(32, 4, 2, 88, {"multiple_of": 44})
-SMALL_MLP = Size(32, 4, 2, 60, {"multiple_of": 20, "ffn_dim_multiplier": 0.5})
+SMALL_MLP = Size(32, 4, 2, 63, {"multiple_of": 7, "ffn_dim_multiplier": 0.75})
 EIGHT_HEADS = Size(48, 8, 8, 132, {"multiple_of": 44})
 
 # The tokenizer has 271 pieces: three control pieces, 256 bytes, twelve characters.

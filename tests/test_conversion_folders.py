@@ -180,3 +180,19 @@ def test_a_published_delta_needs_room_for_float32(tmp_path, capsys, monkeypatch)
     arguments = "make", "--base", source, "--target", source, "--output", tmp_path / "out", "--format"
     assert "make room" in refused(capsys, delta, *arguments, "panda")
     foreign.done(delta, *arguments, "fastchat")
+
+
+def test_the_input_may_not_lie_in_the_folder_that_is_replaced(ours, capsys):
+    inner = ours / "inner"
+    shutil.copytree(ours, inner)
+    line = refused(capsys, hf, "export", "--input", inner, "--output", ours, "--overwrite")
+    assert f"--input {inner}: lies inside --output {ours}" in line
+    assert open_weights(ours).tensors["norm"].read().size == open_weights(inner).tensors["norm"].read().size
+
+
+def test_an_output_layer_that_config_json_ties_is_left_out_and_said(tmp_path, capsys):
+    state = foreign.random_state(GQA, F16)
+    tied = foreign.write_hf(tmp_path / "tied", GQA, state, tie_word_embeddings=True)
+    foreign.done(hf, "import", "--input", tied, "--output", tmp_path / "ours", "--no-verify")
+    assert "lm_head.weight left out: config.json ties it" in capsys.readouterr().out
+    assert "lm_head" not in open_weights(tmp_path / "ours").tensors

@@ -330,7 +330,7 @@ def test_parts_of_the_ranks_in_the_wrong_order(capsys, monkeypatch, of_meta):
         return result
 
     monkeypatch.setattr("convert.mapping.merge", backwards)
-    monkeypatch.setattr("convert.meta.merged", lambda ranks, folder: swapless(ranks, whole))
+    monkeypatch.setattr("convert.proofs.merged", lambda ranks, folder: swapless(ranks, whole))
     assert "logits differ" in failed(capsys, meta, *of_meta)
 
 

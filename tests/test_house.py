@@ -34,8 +34,8 @@ ROOM_OF_LIBRARY = {
     "torch": "no room",
     "transformers": "no room",
 }
-# Where cutting would hurt: the loop reads top to bottom like a recipe.
-LONG_FUNCTIONS = {"panda_jax.training.loop.train"}
+# Where cutting would hurt: the loop reads top to bottom like a recipe, the pickle machine has a line per opcode.
+LONG_FUNCTIONS = {"panda_jax.training.loop.train", "convert.state_pickle._interpret"}
 
 SOURCES = {
     ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): file
@@ -44,16 +44,28 @@ SOURCES = {
 TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in SOURCES.items()}
 
 
+CONVERTERS = {
+    f"convert.{file.stem}": ast.parse(file.read_text(encoding="utf-8"))
+    for file in sorted((REPOSITORY / "convert").glob("*.py")) if file.stem != "__init__"
+}  # fmt: skip
+CONVERSION_DOORS = ("meta", "hf", "delta")
+
+
 def imports(module: str) -> Iterator[str]:
     """Yield every module that `module` imports anywhere in its file; for `from a import b` a.b where that is one."""
-    for node in ast.walk(TREES[module]):
+    yield from imports_of(TREES[module], module)
+
+
+def imports_of(tree: ast.AST, module: str) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{module}: relative import in line {node.lineno}"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner in SOURCES or not node.module.startswith("panda_jax") else node.module
+                is_module = inner in SOURCES or inner in CONVERTERS
+                yield inner if is_module or not node.module.startswith(("panda_jax", "convert")) else node.module
 
 
 def room(module: str) -> str:
@@ -103,11 +115,38 @@ def test_the_train_door_is_within_reach() -> None:
     assert max(depth.values()) <= 7
 
 
-@pytest.mark.parametrize("module", SOURCES)
+def test_the_converters_stand_beside_the_package() -> None:
+    """Nothing imports them; they need no torch, and only the proof by logits asks others; doors import no doors."""
+    for module, tree in CONVERTERS.items():
+        found = set(imports_of(tree, module))
+        for library in {inner.split(".")[0] for inner in found} & {"torch", "transformers", "safetensors", "grain"}:
+            assert module == "convert.parity", f"{module} imports {library}"
+        assert not {"orbax", "sentencepiece"} & {inner.split(".")[0] for inner in found}, module
+        assert not found & {f"convert.{door}" for door in CONVERSION_DOORS}, f"{module} imports a door"
+        floors = {room(inner) for inner in found if inner.startswith("panda_jax.")}
+        assert not floors & DOORS, f"{module} imports {floors & DOORS}"
+    for module in SOURCES:
+        assert not [inner for inner in imports(module) if inner.split(".")[0] == "convert"], module
+
+
+def test_the_converters_need_no_torch() -> None:
+    code = (
+        "import importlib, sys\n"
+        f"for module in {list(CONVERTERS)!r}: importlib.import_module(module)\n"
+        "print(*{'torch', 'transformers', 'safetensors'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", [*SOURCES, *CONVERTERS])
 def test_files_and_functions_are_short(module: str) -> None:
-    lines = len(SOURCES[module].read_text(encoding="utf-8").splitlines())
+    file = REPOSITORY / f"{module.replace('.', '/')}.py"
+    file = file if file.is_file() else file.with_suffix("") / "__init__.py"
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    lines = len(file.read_text(encoding="utf-8").splitlines())
     assert lines <= (150 if room(f"{module}.") in DOORS else 400)
-    for name, node in functions(TREES[module], module):
+    for name, node in functions(tree, module):
         length = (node.end_lineno or 0) - node.lineno + 1
         assert length <= 60 or name in LONG_FUNCTIONS, f"{name} has {length} lines"
 
@@ -125,7 +164,8 @@ def functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef
 
 
 def test_the_list_of_long_functions_is_no_longer_than_needed() -> None:
-    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for m in SOURCES for name, node in functions(TREES[m], m)}
+    trees = TREES | CONVERTERS
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for m in trees for name, node in functions(trees[m], m)}
     assert [name for name in LONG_FUNCTIONS if lengths.get(name, 0) <= 60] == []
 
 
@@ -138,7 +178,7 @@ def test_no_room_for_odds_and_ends() -> None:
 
 
 def test_every_module_says_what_it_is_for_and_os_path_stays_out() -> None:
-    for module, tree in TREES.items():
+    for module, tree in (TREES | CONVERTERS).items():
         assert ast.get_docstring(tree) or not tree.body, f"{module} has no docstring"
         used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "path" and named(n.value, "os")]
         assert not used, f"{module}: os.path in line {used[0].lineno}; use pathlib"
@@ -213,8 +253,10 @@ def test_both_readmes_have_the_same_shape() -> None:
 
 def test_every_command_of_the_readme_exists() -> None:
     for name in ("README.md", "README_zh.md", "CHANGELOG.md"):
-        commands = set(re.findall(r"python -m panda_jax\.(\w+)", (REPOSITORY / name).read_text(encoding="utf-8")))
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        commands = set(re.findall(r"python -m panda_jax\.(\w+)", text))
         assert commands <= {door for door in DOORS if (PACKAGE / f"{door}.py").is_file()}, name
+        assert set(re.findall(r"python -m convert\.(\w+)", text)) <= set(CONVERSION_DOORS), name
 
 
 def test_there_are_runs_to_launch_and_their_headers_say_what_for() -> None:

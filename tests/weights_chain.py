@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,7 +48,8 @@ def check_equal(one: Path, other: Path) -> None:
 
 def write_on(folder: Path, prompt: str, num_tokens: int) -> str:
     """Return what transformers writes greedily after `prompt`, the prompt included."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     written = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
     return tokenizer.decode(written[0], skip_special_tokens=True)

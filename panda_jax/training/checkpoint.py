@@ -203,7 +203,7 @@ def open_parameters(checkpoint: Path) -> Weights:
     arrays = {name: _open_array(checkpoint, name) for name in saved_parameter_shapes(checkpoint)}
     tensors = {name: _stored(name, shape, arrays, model) for name, shape in stored_shapes(model).items()}
     found = {"format": "checkpoint", "path": str(checkpoint.absolute()), "step": run.get("step"), "init_from": start}
-    found |= {"config": run["config"], "notes": []}
+    found |= {"config": run.get("config"), "notes": []}
     tokenizer_model = (checkpoint / "tokenizer.model").read_bytes()
     return Weights(model, tensors, tokenizer_model, start.get("added_tokens", {}), found)
 
