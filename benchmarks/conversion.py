@@ -39,6 +39,7 @@ from panda_jax.config import PRESETS, Model  # noqa: E402
 from panda_jax.weights import safetensors_header, stored_shapes  # noqa: E402
 
 BLOCK_BYTES = 16 << 20
+START_S = 3
 
 
 def write_model(folder: Path, model: Model, dtype: np.dtype, fill: dict[str, np.random.Generator]) -> None:
@@ -110,6 +111,9 @@ def measure_speed(folder: Path, num_layers: int, rounds: int) -> None:
     ratios: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
+            # A converter's process starts for about as long. In a virtual machine memory that was freed a moment ago is
+            # several times as fast to write to as memory that has gone back to the host: neither side may profit.
+            time.sleep(START_S)
             seconds, num_bytes = copy_files(base, folder / "copied")
             shutil.rmtree(folder / "copied")
             copies.append(num_bytes / seconds)

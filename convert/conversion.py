@@ -54,6 +54,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Call a door's `main` with the command line and exit. No accelerator is needed, nor taken from who is training."""
     jax.config.update("jax_platforms", "cpu")
+    transfer.keep_freed_memory()
     run_door(main)
 
 
@@ -128,6 +129,7 @@ def prove(folder: Path, target: Target, model: Model, written: Written, prove_lo
     elif changed:
         failure = f"{len(changed)} tensors read back differ from what was written, the first is {changed[0]}"
         return result | {"passed": False, "failure": failure}
+    transfer.return_freed_memory()
     logits = prove_logits(folder, reopened)
     if isinstance(logits, str):
         return result | {"passed": True, "logits": f"not compared: {logits}"}

@@ -43,7 +43,7 @@ from panda_jax.weights import DTYPE_NAMES, DTYPES
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
-CHUNK_ELEMENTS = 1 << 16  # the arrays of a chunk stay in the processor's cache, in float32 too
+CHUNK_ELEMENTS = 1 << 18  # half a MiB of 16 bits: smaller ones make two threads wait for the interpreter's lock
 FORMAT = {
     "name": "panda_jax lossless delta",
     "version": 1,
@@ -57,7 +57,7 @@ FORMAT = {
 """What a decoder must know; stored with a delta and compared by `check_format`."""
 
 _ZSTD = zstandard.ZstdCompressionParameters(
-    window_log=16, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0, strategy=zstandard.STRATEGY_FAST
+    window_log=18, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0, strategy=zstandard.STRATEGY_FAST
 )
 Job = TypeVar("Job")
 Result = TypeVar("Result")
