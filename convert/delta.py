@@ -85,14 +85,8 @@ def make(options: argparse.Namespace) -> int:
 
 def apply(options: argparse.Namespace) -> int:
     """Restore a model; the base is checked before a byte is written, the result tensor by tensor."""
-    base = open_any(options.base)
     ledger = Ledger()
-    if delta_folder.is_ours(options.delta):
-        refuse_wrong_base(options.delta, base)
-        restored = delta_folder.applied(options.delta, base)
-    else:
-        restored = delta_folder.applied_published(options.delta, base, options.rule, options.dtype, ledger)
-        options.dtype = "keep"
+    restored, options.dtype = open_restored(options, options.dtype, ledger)
     if options.drop_pad:
         restored = drop_pad(restored)
     target: Target = NativeFolder()
@@ -105,6 +99,19 @@ def apply(options: argparse.Namespace) -> int:
     if status == 0 and ledger.evidence:
         print(unverified(ledger))
     return status
+
+
+def open_restored(options: argparse.Namespace, dtype: str, ledger: Ledger) -> tuple[Weights, str]:
+    """Return the model that base and delta make, read tensor by tensor, and the dtype still to cast it to.
+
+    Raises InputError for a wrong base of our form; a published delta enters the ledger as it is read.
+    """
+    base = open_any(options.base)
+    if delta_folder.is_ours(options.delta):
+        refuse_wrong_base(options.delta, base)
+        return delta_folder.applied(options.delta, base), dtype
+    # The sum of a published delta is rounded once, to the dtype that is asked for.
+    return delta_folder.applied_published(options.delta, base, options.rule, dtype, ledger), "keep"
 
 
 def no_logits(folder: Path, ours: Weights) -> str:
@@ -144,13 +151,8 @@ def unverified(ledger: Ledger) -> str:
 
 def verify(options: argparse.Namespace) -> int:
     """Check a base and a delta against each other without writing anything."""
-    base = open_any(options.base)
     ledger = Ledger()
-    if delta_folder.is_ours(options.delta):
-        refuse_wrong_base(options.delta, base)
-        restored = delta_folder.applied(options.delta, base)
-    else:
-        restored = delta_folder.applied_published(options.delta, base, options.rule, "keep", ledger)
+    restored, _ = open_restored(options, "keep", ledger)
     with progress_bar("applying", sum(tensor.nbytes for tensor in restored.tensors.values())) as advance:
         for tensor in restored.tensors.values():
             tensor.read()

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from convert import delta_codec, mapping
 from convert.delta_codec import Coded
 from convert.delta_published import RULES, VOCABULARY, Evidence, apply_published, make_published
+from convert.disk_file import DiskFile
 from convert.hf_folder import CONFIG, config_of, model_of, read_config, read_tensors, special_ids, tokenizer_of
 from convert.native import SHARD_BYTES, architecture, root_of
 from convert.safetensors_sink import SafetensorsSink
@@ -66,7 +66,7 @@ class DeltaSink:
 
     def __init__(self, folder: Path, base: Weights, target: Weights, entries: Entries) -> None:
         self._folder, self._base, self._target, self._entries = folder, base, target, entries
-        self._file: BinaryIO | None = None
+        self._file: DiskFile | None = None
         self._listed: dict[str, dict[str, Any]] = {}
         self._num_files = 0
 
@@ -77,20 +77,18 @@ class DeltaSink:
         if self._file is None or self._file.tell() > SHARD_BYTES:
             self._close()
             self._num_files += 1
-            self._file = (self._folder / f"delta-{self._num_files:05}.bin").open("xb")
+            self._file = DiskFile(self._folder / f"delta-{self._num_files:05}.bin")
         start = self._file.tell()
         for chunk in chunks:
             self._file.write(chunk)
         entry: dict[str, Any] = {"op": op, "shape": list(array.shape), "dtype": DTYPE_NAMES[array.dtype]}
-        entry |= {"file": Path(self._file.name).name, "offset": start, "num_bytes": self._file.tell() - start}
+        entry |= {"file": f"delta-{self._num_files:05}.bin", "offset": start, "num_bytes": self._file.tell() - start}
         if base is not None:
             entry["base"] = {"dtype": DTYPE_NAMES[base.dtype], "shape": list(base.shape), "sha256": tensor_sha256(base)}
         self._listed[name] = entry
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
 
     def finish(self, hashes: Mapping[str, str]) -> None:

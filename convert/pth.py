@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert import state_pickle
+from convert.disk_file import DiskFile
 from convert.state_pickle import DTYPES, WEIGHT_DTYPES, Tensor, shown
 from panda_jax.errors import InputError
 from panda_jax.weights import Lazy, read_fully
@@ -221,7 +222,7 @@ class Writer:
         self._announced = list(entries.items())
         self._count = 0
         self._directory: list[bytes] = []
-        self._file = path.open("xb")
+        self._file = DiskFile(path)
         self._add("data.pkl", memoryview(pickled))
         self._add("byteorder", memoryview(b"little"))
 
@@ -241,8 +242,6 @@ class Writer:
             raise ValueError(f"{self._announced[self._count][0]}: announced but not written")
         self._add("version", memoryview(b"3\n"))
         self._file.write(self._end())
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def _add(self, name: str, data: memoryview) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from convert.disk_file import DiskFile
 from convert.transfer import Entries
 from panda_jax.errors import InputError
 from panda_jax.weights import safetensors_header
@@ -61,7 +60,7 @@ class SafetensorsSink:
             bare = is_single_bare and count == 1
             file = f"{stem}.safetensors" if bare else f"{stem}-{number:05}-of-{count:05}.safetensors"
             self.file_of |= dict.fromkeys(shard, file)
-        self._file: BinaryIO | None = None
+        self._file: DiskFile | None = None
         self._left: list[str] = []
 
     def append(self, name: str, array: np.ndarray) -> None:
@@ -79,12 +78,10 @@ class SafetensorsSink:
         self._shard = self._shards.pop(0)
         self._left = list(self._shard)
         entries = {self._names[name]: entry for name, entry in self._shard.items()}
-        self._file = (self._folder / self.file_of[self._left[0]]).open("xb")
+        self._file = DiskFile(self._folder / self.file_of[self._left[0]])
         self._file.write(safetensors_header(entries, {"format": "pt"}))
 
     def _close(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         self._file = None

@@ -174,6 +174,8 @@ import os, pickle, signal, sys
 from pathlib import Path
 from panda_jax.data import preparation
 from panda_jax.text.tokenizer import Tokenizer
+# A shell that runs the tests in the background has its jobs ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 preparation.MIN_BLOCK_BYTES = preparation.MAX_BLOCK_BYTES = {BLOCK_BYTES}
 def progress(report):
     if report.done_bytes > 0.6 * report.total_bytes:
