@@ -24,12 +24,12 @@ from convert.delta_published import RULES
 from convert.hf_folder import CONFIG, HfFolder, add_tokenizer_argument, read_config
 from convert.native import SHARD_BYTES, NativeFolder
 from convert.proofs import against_transformers
+from convert.rows import drop_pad
 from convert.sources import open_any
 from convert.transfer import Target, progress_bar
 from panda_jax.command_line import Parser
 from panda_jax.config import Model
 from panda_jax.errors import InputError
-from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.weights import Weights
 
 
@@ -116,16 +116,6 @@ def open_restored(options: argparse.Namespace, dtype: str, ledger: Ledger) -> tu
 
 def no_logits(folder: Path, ours: Weights) -> str:
     return "our own format needs no other implementation"
-
-
-def drop_pad(restored: Weights) -> Weights:
-    """Return the model without the rows beyond the tokenizer's pieces, such as Panda's [PAD]."""
-    if restored.tokenizer_model is None:
-        raise InputError("--drop-pad: the delta has no tokenizer.model, which says how many rows to keep")
-    pieces = Tokenizer(restored.tokenizer_model, "tokenizer.model").vocab_size
-    if restored.model.vocab_size < pieces:
-        raise InputError(f"--drop-pad: {restored.model.vocab_size} rows, the tokenizer has {pieces} pieces")
-    return delta_folder.without_last_rows(restored, pieces)
 
 
 def refuse_wrong_base(delta: Path, base: Weights) -> None:

@@ -7,7 +7,6 @@ published   a Hugging Face folder with differences in the place of weights; no h
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -383,16 +382,3 @@ def _refuse_suspicious(place: str, evidence: Evidence, result: np.ndarray, rule:
     if rule == "panda" and result.dtype.itemsize == 2 and share > SUSPICIOUS_INEXACT_SHARE:
         raise InputError(f"{place}: {share:.0%} of base + delta are no {result.dtype.name} numbers; the delta was made "
                          f"from another base, or for another dtype: keep the sums with --dtype float32")  # fmt: skip
-
-
-def without_last_rows(weights: Weights, num_rows: int) -> Weights:
-    """Return the model with its vocabulary cut to `num_rows`, and without the tokens that lay beyond."""
-
-    def cut(tensor: Lazy) -> Lazy:
-        shape = (num_rows, *tensor.shape[1:])
-        return Lazy(shape, tensor.dtype, lambda: np.ascontiguousarray(tensor.read()[:num_rows]))
-
-    tensors = {name: cut(tensor) if name in VOCABULARY else tensor for name, tensor in weights.tensors.items()}
-    added = {token: number for token, number in weights.added_tokens.items() if number < num_rows}
-    model = dataclasses.replace(weights.model, vocab_size=num_rows)
-    return dataclasses.replace(weights, model=model, tensors=tensors, added_tokens=added)

@@ -14,9 +14,12 @@ from convert.chat_template import chat_template
 from convert.conversion import ConversionParser, convert, run, unrounded
 from convert.hf_folder import HfFolder, add_tokenizer_argument, read_hf
 from convert.native import NativeFolder
+from convert.parity import Parity
 from convert.proofs import against_transformers
+from convert.rows import drop_pad
 from convert.safetensors_sink import parse_size
 from convert.sources import open_any
+from panda_jax.weights import Weights
 
 
 def main(arguments: list[str]) -> int:
@@ -26,12 +29,20 @@ def main(arguments: list[str]) -> int:
         "--shard-size", default="4GB", metavar="SIZE", help="largest file, such as 500MB or 4GB"
     )
     add_tokenizer_argument(parser.exporting)
+    parser.importing.add_argument(
+        "--drop-pad", action="store_true", help="leave out rows beyond the tokenizer's own pieces"
+    )
     options = parser.parse_args(arguments)
     source: Path = options.input
     if options.command == "import":
         weights = read_hf(source)
-        proof = lambda _, ours: against_transformers(source, unrounded(weights, ours))  # noqa: E731
-        return convert(weights, NativeFolder(), options, "importing", proof)
+        kept = drop_pad(weights) if options.drop_pad else weights
+
+        def proof(_: Path, ours: Weights) -> Parity | str:
+            # What is cut or rounded on the way is compared before that: the folder that was read has all of it.
+            return against_transformers(source, weights if options.drop_pad else unrounded(weights, ours))
+
+        return convert(kept, NativeFolder(), options, "importing", proof)
     weights = open_any(source)
     card, is_exact = model_card(weights, options.output.name), options.tokenizer == "exact"
     target = HfFolder(parse_size(options.shard_size), chat_template(weights), card, is_exact)

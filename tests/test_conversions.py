@@ -240,6 +240,13 @@ def test_a_folder_of_another_models_added_token(tmp_path):
     done(hf, "export", "--input", tmp_path / "ours", "--output", tmp_path / "out")
     assert GenerationConfig.from_pretrained(tmp_path / "out").pad_token_id == 271
     assert json.loads((tmp_path / "out" / "added_tokens.json").read_text()) == {"[PAD]": 271}
+    # Panda's 32001 rows to LLaMA's 32000: the rows that stay are the same, byte for byte.
+    foreign.done(hf, "import", "--input", folder, "--output", tmp_path / "cut", "--drop-pad")
+    cut = open_weights(tmp_path / "cut")
+    assert cut.added_tokens == {} and cut.model.vocab_size == 271
+    for name, tensor in cut.tensors.items():
+        whole = open_weights(tmp_path / "ours").tensors[name].read()
+        np.testing.assert_array_equal(tensor.read(), whole[:271] if len(whole) == 272 else whole, err_msg=name)
 
 
 # ---- what is only noted ---------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_the_padding_row_can_be_left_out(made, tmp_path, capsys):
     (folder / "tokenizer.model").unlink()
     (folder / "added_tokens.json").unlink()
     arguments = "--base", made / "base", "--delta", folder, "--output", tmp_path / "out", "--drop-pad"
-    assert "--drop-pad: the delta has no tokenizer.model" in refused(capsys, delta, "apply", *arguments)
+    assert "--drop-pad: no tokenizer.model beside the weights" in refused(capsys, delta, "apply", *arguments)
 
 
 def test_numbers_that_speak_of_another_base(made, tmp_path, capsys):
