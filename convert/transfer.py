@@ -179,9 +179,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back what `keep_freed_memory` has kept."""
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        malloc_trim(0)
+    """Give back what `keep_freed_memory` has kept, and from now on all that is freed, at once."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, 1 << 20)
+        library.malloc_trim(0)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
