@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,8 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, mesh: jax.shard
 # ---- the processes of one run: how they find each other, and where they wait for each other -------------------------
 
 RETRY_S = 0.1
+# A process that fails alone takes the others down after this long; all leave together when a run ends well.
+SHUTDOWN_TIMEOUT_S = 30
 
 
 def start_processes(config: MeshConfig) -> None:
@@ -163,9 +165,17 @@ def start_processes(config: MeshConfig) -> None:
         host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         _call_the_roll(host, port, rank, world_size, config.init_timeout_s)
-        jax.distributed.initialize(f"{host}:{port}", world_size, rank, initialization_timeout=config.init_timeout_s)
+        jax.distributed.initialize(
+            f"{host}:{port}",
+            world_size,
+            rank,
+            initialization_timeout=config.init_timeout_s,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
     elif _is_managed_by_cluster(environment):
-        jax.distributed.initialize(initialization_timeout=config.init_timeout_s)
+        jax.distributed.initialize(
+            initialization_timeout=config.init_timeout_s, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S
+        )
 
 
 def _call_the_roll(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
@@ -234,10 +244,37 @@ def _is_managed_by_cluster(environment: Mapping[str, str]) -> bool:
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def wait_for_all(name: str) -> None:
-    """Wait until every process of the run has called this with the same name; no-op for a single process."""
+class ProcessFailed(InputError):
+    """Another process of the run could not do its part."""
+
+
+def together(name: str, work: Callable[[], object]) -> None:
+    """Do `work` in every process of the run and wait for all of them; `name` is used once in a run.
+
+    What fails in one fails in each, so that none of them waits for something that will not come: its own error is
+    raised where it happened, ProcessFailed with its text in the others.
+    """
+    failure: BaseException | None = None
+    try:
+        work()
+    except BaseException as error:
+        failure = error
     if jax.process_count() > 1:
         from jax._src.distributed import global_state  # the only barrier that does not occupy the devices
 
-        assert global_state.client is not None
-        global_state.client.wait_at_barrier(name, timeout_in_ms=24 * 3600 * 1000)
+        client = global_state.client
+        assert client is not None
+        if failure is not None:
+            client.key_value_set(f"panda_jax/{name}/{jax.process_index()}", f"{type(failure).__name__}: {failure}")
+        client.wait_at_barrier(name, timeout_in_ms=24 * 3600 * 1000)
+        failures = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(f"panda_jax/{name}")}
+        if failures and failure is None:
+            rank = min(failures)
+            raise ProcessFailed(f"rank {rank} failed, and with it the run: {failures[rank]}")
+    if failure is not None:
+        raise failure
+
+
+def by_first(name: str, work: Callable[[], object]) -> None:
+    """Do `work` in the first process while the others wait for it."""
+    together(name, work if jax.process_index() == 0 else lambda: None)

@@ -19,7 +19,9 @@ from panda_jax import sharding
 from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training import checkpoint_parameters
 from panda_jax.training import step as steps
+from panda_jax.training.checkpoint_parameters import open_source
 
 ORIGIN = {"added_tokens": {"[PAD]": 95}}
 
@@ -86,7 +88,7 @@ def test_parameters_one_by_one_are_those_restored_whole(saved, tmp_path):
     path, expected = saved
     values = expected["parameters"]
     for folder in (path, path.parent):
-        weights = checkpoints.open_source(folder)
+        weights = open_source(folder)
         assert weights.model == Model(**tiny.MODEL)
         assert (weights.tokenizer_model, weights.added_tokens) == (b"model", {"[PAD]": 95})
         assert (weights.provenance["step"], weights.provenance["init_from"]) == (1, ORIGIN)
@@ -97,7 +99,7 @@ def test_parameters_one_by_one_are_those_restored_whole(saved, tmp_path):
         array = tensors[name]
         assert (array.shape, array.dtype, array.flags.c_contiguous) == (lazy.shape, np.float32, True), name
     with pytest.raises(InputError, match="no complete checkpoint here"):
-        checkpoints.open_source(tmp_path)
+        open_source(tmp_path)
 
 
 def test_a_layer_can_be_read_without_the_others(tmp_path, monkeypatch):
@@ -111,7 +113,7 @@ def test_a_layer_can_be_read_without_the_others(tmp_path, monkeypatch):
     saver = checkpoints.Checkpointer(tmp_path, keep=1, keep_steps=())
     saver.save(1, jax.device_put(small_state() | {"parameters": values}), {}, b"")
     saver.wait()
-    arrays = {name: checkpoints._open_array(tmp_path / "1", name) for name in sizes}
+    arrays = {name: checkpoint_parameters._open_array(tmp_path / "1", name) for name in sizes}
     pieces = {name: tuple(array.chunk_layout.read_chunk.shape) for name, array in arrays.items()}
     assert pieces == {"layers.wq": (1, 32, 8, 4), "layers.attn_norm": (3, 32), "embed": (200, 256), "norm": (32,)}
     np.testing.assert_array_equal(arrays["layers.wq"][1].read().result(), values["layers.wq"][1])
@@ -122,8 +124,8 @@ def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
     copy = shutil.copytree(path, tmp_path / "1")
     (copy / "tokenizer.model").write_bytes(b"nodel")
     with pytest.raises(InputError, match="tokenizer.model has changed since it was written"):
-        checkpoints.open_source(copy)
-    assert checkpoints.open_source(path).tokenizer_model == b"model"
+        open_source(copy)
+    assert open_source(path).tokenizer_model == b"model"
 
 
 def test_periodic_checkpoints_are_deleted_and_named_ones_kept(tmp_path):
@@ -159,6 +161,16 @@ def test_a_failed_save_is_told_and_leaves_the_older_checkpoint(tmp_path, monkeyp
     saver.save(2, small_state(), {}, b"")
     saver.wait()
     assert checkpoints.committed_steps(tmp_path) == [1, 2]
+
+
+def test_a_manifest_vouches_for_finished_files_alone(tmp_path):
+    """What another process is writing at this moment, its manifest, shifts nobody's share of the files."""
+    names = ["run.json", "tokenizer.model", "state/d/0", "state/manifest.ocdbt", "state/x.json"]
+    for name in [*names, ".unfinished-1f", "manifest-1-of-2.json", ".unfinished-2e"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    covered = [str(path.relative_to(tmp_path)) for path in checkpoints._covered_files(tmp_path)]
+    assert covered == sorted(names)
 
 
 def test_two_processes_commit_together(tmp_path):

@@ -27,6 +27,7 @@ from panda_jax.errors import InputError
 from panda_jax.training import checkpoint as checkpoints
 from panda_jax.training import start
 from panda_jax.training import step as steps
+from panda_jax.training.checkpoint_parameters import open_source
 from panda_jax.weights import open_weights
 
 MODEL = Model(**tiny.MODEL)
@@ -50,7 +51,7 @@ def loaded(source: Path, config: Config, shape: tuple[int, int, int]) -> tuple[d
     mesh = mesh_of(*shape)
     step = steps.build(config, mesh, run_steps=2)
     with jax.set_mesh(mesh):
-        weights = checkpoints.open_source(source)
+        weights = open_source(source)
         return dict(start.parameters(source, weights, config, step.state_shapes["parameters"])), step
 
 
@@ -362,5 +363,5 @@ def test_what_is_remembered_and_said_of_the_start(half, trained):
         f"parameters from {source} (hf: somebody/llama, float16, root 1a2b1a2b1a2b…, new rows: 2 normal)"
     )
     source, _ = trained
-    origin = start.describe_origin(source, checkpoints.open_source(source), config_of())
+    origin = start.describe_origin(source, open_source(source), config_of())
     assert start.describe_start(source, origin) == f"parameters from {source} (float32)"

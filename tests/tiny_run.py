@@ -60,17 +60,31 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def start(config: Path, *arguments: str, num_devices: int = 1, **environment: str) -> subprocess.Popen[str]:
     """Start the train door in a new process; its output is captured."""
+    door = ("-m", "panda_jax.train", "--config", str(config), *arguments)
+    return start_python(*door, num_devices=num_devices, cwd=config.parent, **environment)
+
+
+def start_python(
+    *arguments: str, num_devices: int = 1, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """Start Python on `arguments` in a new process; its output is captured."""
     variables = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(REPOSITORY),
     } | environment  # fmt: skip
-    command = [sys.executable, "-m", "panda_jax.train", "--config", str(config), *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=config.parent)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Wait for a started door, check its exit status and return what it printed."""
-    output, _ = process.communicate(timeout=300)
+    """Wait for a started process, check its exit status and return what it printed."""
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"no end in 240 s, killed; it printed:\n{output}") from None
     assert process.returncode == status, output
     return output
 

@@ -24,23 +24,22 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from panda_jax import settings
 from panda_jax.atomic import write_atomically
-from panda_jax.config import Config, Model
+from panda_jax.config import Config
 from panda_jax.data.cache import TokenCache
 from panda_jax.data.packing import Plan
 from panda_jax.errors import InputError
-from panda_jax.sharding import wait_for_all
+from panda_jax.sharding import by_first, together
 from panda_jax.text.tokenizer import Tokenizer
-from panda_jax.weights import Lazy, Weights, from_model, is_weights_folder, open_weights, stored_shapes
 
 # Settings of the model that may differ between the run that wrote the weights and the run that reads them.
 NOT_ARCHITECTURE = ("size", "init_from", "init_std", "context_length")
 MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
+COVERED = ("run.json", "tokenizer.model", "state/**/*")
 # An array lies on the disk in pieces of at most this size, so that a part of it can be read without the rest.
 CHUNK_BYTES = 64 << 20
 
@@ -49,10 +48,10 @@ def committed_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints under `folder`, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _manifests(path))
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and manifests(path))
 
 
-def _manifests(checkpoint: Path) -> list[Path]:
+def manifests(checkpoint: Path) -> list[Path]:
     """Return the manifests of a checkpoint if every process wrote its own, else nothing."""
     found = {match: path for path in checkpoint.glob("manifest-*.json") if (match := MANIFEST.fullmatch(path.name))}
     counts = {int(match[2]) for match in found}
@@ -60,7 +59,11 @@ def _manifests(checkpoint: Path) -> list[Path]:
 
 
 def _covered_files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith("manifest-"))
+    """Return the files that manifests vouch for, in the same order in every process.
+
+    They are named from above: beside them other processes are writing their manifests at this moment.
+    """
+    return sorted(path for part in COVERED for path in checkpoint.glob(part) if path.is_file())
 
 
 def _sha256(path: Path) -> str:
@@ -71,7 +74,7 @@ def _sha256(path: Path) -> str:
 def find_damage(checkpoint: Path, share: slice = slice(None)) -> str | None:
     """Return what is wrong with a complete checkpoint, or None; `share` picks the files this process reads."""
     recorded: dict[str, list[Any]] = {}
-    for manifest in _manifests(checkpoint):
+    for manifest in manifests(checkpoint):
         try:
             recorded |= json.loads(manifest.read_text(encoding="utf-8"))
         except ValueError:
@@ -114,7 +117,7 @@ def resolve(path: str) -> Path:
     A run folder means its newest good checkpoint. Raises InputError when there is none.
     """
     given = Path(path)
-    if _manifests(given):
+    if manifests(given):
         if damage := find_damage(given):
             raise InputError(f"{given} is damaged: {damage}; use another step")
         return given
@@ -125,7 +128,7 @@ def resolve(path: str) -> Path:
     raise InputError(f"{path}: no complete checkpoint here; give a run folder or one of its checkpoints/<step> folders")
 
 
-def _arrays(checkpoint: Path) -> str:
+def arrays_folder(checkpoint: Path) -> str:
     """Return the folder that Orbax owns; it wants absolute paths."""
     return str((checkpoint / "state").absolute())
 
@@ -150,7 +153,7 @@ def restore(checkpoint: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     `healthy` is not stored: a run that was stopped by a non-finite gradient gets its chance to go on.
     """
     wanted = _parts(shapes)
-    loaded = ocp.load_checkpointables(_arrays(checkpoint), wanted)
+    loaded = ocp.load_checkpointables(arrays_folder(checkpoint), wanted)
     optimizer = [loaded["optimizer"][name] for name in _named(shapes["optimizer"])] if "optimizer" in wanted else []
     return loaded["progress"] | {
         "healthy": jax.device_put(np.ones((), bool), shapes["healthy"].sharding),
@@ -171,60 +174,13 @@ def restore_parameters(checkpoint: Path, shapes: dict[str, Any]) -> dict[str, An
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load_checkpointables(_arrays(checkpoint), {"parameters": shapes})["parameters"]
+        return ocp.load_checkpointables(arrays_folder(checkpoint), {"parameters": shapes})["parameters"]
 
 
 def saved_parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter in a checkpoint without reading the arrays."""
-    metadata = ocp.checkpointables_metadata(_arrays(checkpoint)).metadata["parameters"]
+    metadata = ocp.checkpointables_metadata(arrays_folder(checkpoint)).metadata["parameters"]
     return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
-
-
-# ---- parameters one by one ------------------------------------------------------------------------------------------
-
-
-def open_source(folder: Path) -> Weights:
-    """Open the parameters of a weights folder, of a run folder (its newest good step) or of one of its steps.
-
-    Raises InputError where there is nothing complete, or something damaged.
-    """
-    return open_weights(folder) if is_weights_folder(folder) else open_parameters(resolve(str(folder)))
-
-
-def open_parameters(checkpoint: Path) -> Weights:
-    """Open the parameters of a checkpoint: float32, one layer of one of them read from the disk at a time.
-
-    `checkpoint` is what resolve() returned, which has verified its files.
-    """
-    run = read_run(checkpoint)
-    if "model" not in run:
-        raise InputError(f"{checkpoint / 'run.json'}: no `model`, it is from an older panda_jax; resume and save anew")
-    model, start = Model(**run["model"]), run.get("init_from") or {}
-    arrays = {name: _open_array(checkpoint, name) for name in saved_parameter_shapes(checkpoint)}
-    tensors = {name: _stored(name, shape, arrays, model) for name, shape in stored_shapes(model).items()}
-    found = {"format": "checkpoint", "path": str(checkpoint.absolute()), "step": run.get("step"), "init_from": start}
-    found |= {"config": run.get("config"), "notes": []}
-    tokenizer_model = (checkpoint / "tokenizer.model").read_bytes()
-    return Weights(model, tensors, tokenizer_model, start.get("added_tokens", {}), found)
-
-
-def _open_array(checkpoint: Path, name: str) -> Any:
-    """Open one parameter where Orbax has put it; nothing but metadata is read before it is indexed."""
-    folder = {"driver": "file", "path": f"{(checkpoint / 'state' / 'parameters').absolute()}/"}
-    place = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
-
-
-def _stored(name: str, shape: tuple[int, ...], arrays: dict[str, Any], model: Model) -> Lazy:
-    """Return the stored tensor `name` ("layers.3.wq", "embed") as a slice of the array that holds it."""
-    room, _, rest = name.partition(".")
-    layer, _, parameter = rest.partition(".")
-
-    def read() -> np.ndarray:
-        part = arrays[f"{room}.{parameter}"][int(layer)] if layer else arrays[name]
-        return from_model(name, part.read().result(), model)
-
-    return Lazy(shape, np.dtype(np.float32), read)
 
 
 # ---- what makes a run this run --------------------------------------------------------------------------------------
@@ -301,7 +257,7 @@ def set_aside_newer(folder: Path, step: int) -> list[str]:
     """
     renamed = []
     for newer in [path for path in folder.glob("*") if path.name.isdigit() and int(path.name) > step]:
-        if not _manifests(newer):
+        if not manifests(newer):
             shutil.rmtree(newer)
             continue
         target = next(
@@ -318,6 +274,15 @@ def _storage_options(key: Any, value: Any) -> Any:
     is_stack = "layers." in jax.tree_util.keystr(key) and value.ndim > 2
     options = ocp.options.ArrayOptions.Saving.StorageOptions
     return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if is_stack else ())
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    """Hash this process's share of the finished files and write its manifest, the commit marker."""
+    process, processes = jax.process_index(), jax.process_count()
+    files = _covered_files(checkpoint)[process::processes]
+    hashes = {str(path.relative_to(checkpoint)): [path.stat().st_size, _sha256(path)] for path in files}
+    manifest = json.dumps(hashes, ensure_ascii=False, indent=1).encode()
+    write_atomically(checkpoint / f"manifest-{process}-of-{processes}.json", [manifest])
 
 
 class Checkpointer:
@@ -337,18 +302,20 @@ class Checkpointer:
         """
         self.wait()
         checkpoint = self._folder / str(step)
-        if jax.process_index() == 0:
+
+        def make_folder() -> None:
             if checkpoint.exists():
                 shutil.rmtree(checkpoint)
             checkpoint.mkdir(parents=True)
             self.check_room(state)
             (checkpoint / "tokenizer.model").write_bytes(tokenizer_model)
             write_atomically(checkpoint / "run.json", [json.dumps(run, ensure_ascii=False, indent=1).encode()])
-        wait_for_all(f"checkpoint-{step}-folder")
+
+        by_first(f"checkpoint {step} begun", make_folder)
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _storage_options
         with context:
-            response = ocp.save_checkpointables_async(_arrays(checkpoint), _parts(state))
+            response = ocp.save_checkpointables_async(arrays_folder(checkpoint), _parts(state))
         self._thread = threading.Thread(target=self._finish, args=(checkpoint, response), name="checkpoint")
         self._thread.start()
 
@@ -366,19 +333,13 @@ class Checkpointer:
             ) from failure
 
     def _finish(self, checkpoint: Path, response: Any) -> None:
-        """Hash this process's share of the finished files and write its manifest, the commit marker."""
+        """Wait for the arrays, have every process vouch for its share of the files, and delete old checkpoints."""
         try:
-            response.result()
             # The first process finishes the files after the others have written theirs.
-            wait_for_all(f"checkpoint {checkpoint.name} written")
-            process, processes = jax.process_index(), jax.process_count()
-            files = _covered_files(checkpoint)[process::processes]
-            hashes = {str(path.relative_to(checkpoint)): [path.stat().st_size, _sha256(path)] for path in files}
-            manifest = json.dumps(hashes, ensure_ascii=False, indent=1).encode()
-            write_atomically(checkpoint / f"manifest-{process}-of-{processes}.json", [manifest])
-            # Only now is the new checkpoint complete; counted before, it would let one old checkpoint too many live.
-            wait_for_all(f"checkpoint {checkpoint.name} committed")
-            if process == 0:
+            together(f"checkpoint {checkpoint.name} written", response.result)
+            # Only then is the new checkpoint complete; counted before, it would let one old checkpoint too many live.
+            together(f"checkpoint {checkpoint.name} committed", lambda: _write_manifest(checkpoint))
+            if jax.process_index() == 0:
                 self._delete_old()
         except BaseException as failure:  # surfaces in wait(), on the thread that can act on it
             self._failure = failure

@@ -46,9 +46,7 @@ def train(config: Config, resume: str) -> Path:
     folder = Path(config.log.runs_dir) / config.name
 
     # ---- data: the first process has it prepared, then all open it --------------------------------------------------
-    if is_first:
-        prepare_data(config)
-    sharding.wait_for_all("data prepared")
+    sharding.by_first("data prepared", lambda: prepare_data(config))
     tokenizer = Tokenizer.load(config.tokenizer.path)
     caches = cache.open_listed(config)
     plan = packing.plan(config, caches)
@@ -59,14 +57,17 @@ def train(config: Config, resume: str) -> Path:
     with jax.set_mesh(mesh):
         kept = folder / "checkpoints"
         state, first_step, run = start.initial_state(config, step, kept, resume, run, tokenizer, say)
-        if is_first:
+        saver = checkpoints.Checkpointer(kept, config.checkpoint.keep, config.checkpoint.steps)
+
+        def begin() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(settings.to_yaml(config), encoding="utf-8")
             say(metrics.start_card(config, step, plan, caches, tokenizer, first_step))
+            if first_step < plan.num_steps:
+                saver.check_room(state)
+
+        sharding.by_first("run folder made", begin)
         recorder = metrics.Recorder(config, folder, first_step, writes=is_first)
-        saver = checkpoints.Checkpointer(kept, config.checkpoint.keep, config.checkpoint.steps)
-        if is_first and first_step < plan.num_steps:
-            saver.check_room(state)
         held_out_loss = HeldOut(config, step, plan, caches, recorder)
         with metrics.CompileReport(recorder.say):
             train_step = step.compile()
@@ -117,9 +118,9 @@ def train(config: Config, resume: str) -> Path:
             raise InputError(str(failure))
 
         # ---- the end -----------------------------------------------------------------------------------------------
-        if is_first:
-            say(closing_line(folder, finished, plan.num_steps, metrics.plot_loss(folder)))
-        sharding.wait_for_all("run finished")
+        sharding.by_first(
+            "run finished", lambda: say(closing_line(folder, finished, plan.num_steps, metrics.plot_loss(folder)))
+        )
     return folder
 
 

@@ -20,6 +20,7 @@ from panda_jax.config import Config
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training.checkpoint_parameters import open_parameters
 from panda_jax.training.step import State, Step
 from panda_jax.weights import Weights, is_weights_folder, open_weights, to_model
 
@@ -46,10 +47,7 @@ def initial_state(
         if resume != "auto" and not resume.isdigit():
             raise InputError(f"--resume {resume}: expected auto, never or the step of a checkpoint")
         found = checkpoints.find_good(folder, None if resume == "auto" else int(resume), say)
-    if jax.process_index() == 0:
-        for name in checkpoints.set_aside_newer(folder, -1 if found is None else found):
-            say(f"set aside as {folder / name}: it lies after the point this run starts from")
-    sharding.wait_for_all("starting point chosen")
+    sharding.by_first("starting point chosen", lambda: set_aside(folder, found, say))
     if found is not None:
         saved = folder / str(found)
         checkpoints.check_same_run(saved, run)
@@ -60,7 +58,7 @@ def initial_state(
     state, origin = step.initial_state(jax.random.key(config.seed)), None
     if config.model.init_from is not None:
         source = find_source(config, say)
-        weights = open_weights(source) if is_weights_folder(source) else checkpoints.open_parameters(source)
+        weights = open_weights(source) if is_weights_folder(source) else open_parameters(source)
         check_same_model(source, weights, config, tokenizer)
         shapes = step.state_shapes["parameters"]
         # Random parameters give way one by one, or the devices would hold the model twice.
@@ -69,6 +67,12 @@ def initial_state(
         origin = describe_origin(source, weights, config)
         say(describe_start(source, origin))
     return state, 0, run | {"init_from": origin}
+
+
+def set_aside(folder: Path, found: int | None, say: Callable[[str], None]) -> None:
+    """Move the checkpoints that lie after step `found` out of the way, all of them where there is none."""
+    for name in checkpoints.set_aside_newer(folder, -1 if found is None else found):
+        say(f"set aside as {folder / name}: it lies after the point this run starts from")
 
 
 # ---- the folder to start from ---------------------------------------------------------------------------------------
@@ -87,14 +91,20 @@ def find_source(config: Config, say: Callable[[str], None]) -> Path:
         return given if is_weights_folder(given) else checkpoints.resolve(wanted.checkpoint)
     kind, given = ("hf", wanted.hf) if wanted.hf is not None else ("meta", wanted.meta)
     assert given is not None
-    folder = Path(config.data.cache_dir) / "weights" / cache_name(kind, Path(given))
-    if jax.process_index() == 0:
-        if is_weights_folder(folder):
-            say(f"weights of {given}: converted before, in {folder}")
-        else:
-            say(f"weights of {given}: converting into {folder}")
-            convert(kind, given, folder)
-    sharding.wait_for_all("weights converted")
+    return converted(kind, given, Path(config.data.cache_dir), say)
+
+
+def converted(kind: str, given: str, cache_dir: Path, say: Callable[[str], None]) -> Path:
+    """Return the weights folder that the foreign folder `given` (kind `hf` or `meta`) becomes, made if it is not there.
+
+    The first process converts, once, into the cache; the others wait.
+    """
+    folder = cache_dir / "weights" / cache_name(kind, Path(given))
+    if is_weights_folder(folder):
+        say(f"weights of {given}: converted before, in {folder}")
+    else:
+        say(f"weights of {given}: converting into {folder}")
+    sharding.by_first("weights converted", lambda: is_weights_folder(folder) or convert(kind, given, folder))
     return folder
 
 
