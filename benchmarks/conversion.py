@@ -8,8 +8,8 @@ Speed: a float16 model with the layers of LLaMA-7B, of random numbers. The copy 
 in blocks of 16 MiB and calls fsync; the sides take turns. `command` is the whole process, its start and the proof
 included; `transfer` is reading, converting, hashing, writing and fsync. Ratios are to the copy's bytes per second.
 
-Memory: the largest resident set of each command (children included), on a sparse float16 model in the shape of
-LLaMA-13B; the target of the delta differs in the embedding and in one layer.
+Memory: the largest resident set of each command and its children together, sampled every 20 ms, on a sparse float16
+model in the shape of LLaMA-13B; the target of the delta differs in the embedding and in one layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -35,11 +36,13 @@ sys.path.insert(0, str(REPOSITORY))
 
 from convert.hf_folder import config_of  # noqa: E402  (the benchmark runs from the checkout)
 from convert.mapping import rows  # noqa: E402
-from panda_jax.config import PRESETS, Model  # noqa: E402
-from panda_jax.weights import safetensors_header, stored_shapes  # noqa: E402
+from panda_jax.config import Model  # noqa: E402
+from panda_jax.presets import PRESETS  # noqa: E402
+from panda_jax.weights import read_safetensors, safetensors_header, stored_shapes  # noqa: E402
 
 BLOCK_BYTES = 16 << 20
 START_S = 3
+SAMPLE_S = 0.02
 
 
 def write_model(folder: Path, model: Model, dtype: np.dtype, fill: dict[str, np.random.Generator]) -> None:
@@ -76,16 +79,47 @@ def copy_files(source: Path, target: Path) -> tuple[float, int]:
     return time.perf_counter() - started, num_bytes
 
 
-def run(*arguments: str | Path) -> tuple[float, int]:
-    """Run a converter; return (seconds, bytes of its largest resident set)."""
+def run(*arguments: str | Path) -> float:
+    """Run a converter; return seconds."""
     started = time.perf_counter()
-    code = "import resource, subprocess, sys\nstatus = subprocess.call(sys.argv[1:])\n" \
-           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\nsys.exit(status)"  # fmt: skip
-    command = [sys.executable, "-c", code, sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))} failed:\n{done.stdout}\n{done.stderr}")
-    return time.perf_counter() - started, 1024 * int(done.stdout.split()[-1])
+    with start(*arguments) as process:
+        printed, _ = process.communicate()
+    seconds = time.perf_counter() - started
+    check(process, printed)
+    return seconds
+
+
+def run_watched(*arguments: str | Path) -> tuple[float, int]:
+    """Run a converter; return (seconds, bytes of the largest sum of its and its children's resident sets)."""
+    started, peak = time.perf_counter(), 0
+    with start(*arguments) as process:
+        while process.poll() is None:
+            peak = max(peak, resident_bytes(process.pid))
+            time.sleep(SAMPLE_S)
+        printed, _ = process.communicate()
+    check(process, printed)
+    return time.perf_counter() - started, peak
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def check(process: subprocess.Popen[str], printed: str) -> None:
+    if process.returncode:
+        raise SystemExit(f"{process.args} failed:\n{printed}")
+
+
+def resident_bytes(process: int) -> int:
+    """Return what a process and its children hold now; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return 0
+    own = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return (1024 * int(own[1]) if own else 0) + sum(resident_bytes(int(child)) for child in children)
 
 
 def measure_speed(folder: Path, num_layers: int, rounds: int) -> None:
@@ -118,7 +152,7 @@ def measure_speed(folder: Path, num_layers: int, rounds: int) -> None:
             shutil.rmtree(folder / "copied")
             copies.append(num_bytes / seconds)
             output = folder / "written"
-            whole_s, _ = run(*command, "--output", output)
+            whole_s = run(*command, "--output", output)
             report = json.loads((output / "conversion.json").read_text())
             bare_s = report["seconds"]
             shutil.rmtree(output)
@@ -133,8 +167,6 @@ def measure_speed(folder: Path, num_layers: int, rounds: int) -> None:
 
 def nudge(base: Path, target: Path, model: Model, old: np.dtype, new: np.dtype) -> None:
     """Write `target`: the base with normal changes of deviation 1e-4 everywhere."""
-    from panda_jax.weights import read_safetensors
-
     tensors = read_safetensors(base / "model.safetensors")
     target.mkdir()
     (target / "config.json").write_text(json.dumps(config_of(model, new.name)))
@@ -157,7 +189,7 @@ def measure_memory(folder: Path, keep_none: bool) -> None:
     write_model(target, model, np.dtype(ml_dtypes.bfloat16), changed)
 
     def show(name: str, output: Path, *command: str | Path) -> Path:
-        seconds, peak = run(*command, "--output", output)
+        seconds, peak = run_watched(*command, "--output", output)
         print(f"{name:14} {peak / 2**30:6.2f} GiB {seconds:8.0f} s", flush=True)
         return output
 

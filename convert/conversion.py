@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +20,8 @@ from convert.transfer import ProofFailed, Target, Written
 from panda_jax.command_line import Parser, run_door
 from panda_jax.config import Model
 from panda_jax.errors import InputError
-from panda_jax.weights import Weights
+from panda_jax.weights import NUMPY_NAMES, Weights
 
-DTYPE_CHOICES = ("keep", "float32", "float16", "bfloat16")
 Proof = Callable[[Path, Weights], Parity | str]
 """(finished folder, what its reader makes of it) -> the comparison of logits, or why there is none."""
 
@@ -35,15 +35,15 @@ class ConversionParser(Parser):
         self.importing = commands.add_parser("import", help=f"{door} folder -> our weights folder", allow_abbrev=False)
         self.exporting = commands.add_parser("export", help=f"any model -> {door} folder", allow_abbrev=False)
         for parser in (self.importing, self.exporting):
-            add_common(parser)
+            parser.add_argument("--input", required=True, type=Path, metavar="DIR", help="the model to read")
+            add_output_arguments(parser)
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every conversion has."""
-    parser.add_argument("--input", required=True, type=Path, metavar="DIR", help="the model to read")
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of everything that writes a folder."""
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write; must be empty")
     parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default="keep", help="of the tensors written; keep: as they are read"
+        "--dtype", choices=("keep", *NUMPY_NAMES), default="keep", help="of the tensors written; keep: as they are read"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the model in --output, at the end and at once"
@@ -66,7 +66,7 @@ def convert(source: Weights, target: Target, options: argparse.Namespace, title:
     """
     entries = transfer.plan_entries(source.tensors, options.dtype)
     output: Path = options.output
-    for name in {"input", "base", "target", "delta"} & vars(options).keys():
+    for name in vars(options).keys() & {"input", "base", "target", "delta"}:
         if output.resolve() in getattr(options, name).resolve().parents:
             raise InputError(
                 f"--{name} {getattr(options, name)}: lies inside --output {output}, which would be replaced"
@@ -93,16 +93,13 @@ def convert(source: Weights, target: Target, options: argparse.Namespace, title:
 
 def describe(source: Weights, entries: transfer.Entries, written: Written) -> dict[str, Any]:
     """Return the report before the proof."""
-    after: dict[str, int] = {}
-    for _, dtype in entries.values():
-        after[dtype.name] = after.get(dtype.name, 0) + 1
     return {
         "source": source.provenance,
         "tensors": len(entries),
         "bytes": written.num_bytes,
         "seconds": round(written.seconds, 3),
-        "dtypes_read": transfer.dtype_counts(source.tensors),
-        "dtypes_written": after,
+        "dtypes_read": Counter(tensor.dtype.name for tensor in source.tensors.values()),
+        "dtypes_written": Counter(dtype.name for _, dtype in entries.values()),
         "root": root_of(entries, written.hashes),
         "sha256": written.hashes,
         "versions": {name: importlib.metadata.version(name) for name in ("numpy", "jax")},

@@ -18,7 +18,7 @@ from typing import Any
 from convert import delta_folder, known_bases
 from convert.card import model_card
 from convert.chat_template import chat_template
-from convert.conversion import DTYPE_CHOICES, convert, run
+from convert.conversion import add_output_arguments, convert, run
 from convert.delta_folder import DeltaFolder, Ledger, PublishedFolder
 from convert.delta_published import RULES
 from convert.hf_folder import CONFIG, HfFolder, add_tokenizer_argument, read_config
@@ -63,23 +63,15 @@ def parser() -> Parser:
     add_tokenizer_argument(applying)
     applying.add_argument("--drop-pad", action="store_true", help="leave out rows beyond the tokenizer's own pieces")
     for each in (making, applying):
-        each.add_argument(
-            "--output", required=True, type=Path, metavar="DIR", help="the folder to write; must be empty"
-        )
-        each.add_argument("--dtype", choices=DTYPE_CHOICES, default="keep", help="of the target's tensors")
-        each.add_argument(
-            "--overwrite", action="store_true", help="replace what is in --output, at the end and at once"
-        )
-        each.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
+        add_output_arguments(each)
     return result
 
 
 def make(options: argparse.Namespace) -> int:
     """Write a delta and prove that it restores the target from the base."""
     base, target = open_any(options.base), open_any(options.target)
-    if options.format == "v2":
-        return convert(target, DeltaFolder(base), options, "making the delta", lambda *_: "the delta is no model")
-    folder = PublishedFolder(base, options.format, options.inv_freq)
+    is_published = options.format in RULES
+    folder = PublishedFolder(base, options.format, options.inv_freq) if is_published else DeltaFolder(base)
     return convert(target, folder, options, "making the delta", lambda *_: "the delta is no model")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from convert.transfer import Entries, check_room, num_bytes
 from panda_jax.atomic import write_atomically
 from panda_jax.config import Model
 from panda_jax.errors import InputError
-from panda_jax.weights import DTYPE_NAMES, DTYPES, Lazy, Weights, stored_shapes, tensor_sha256
+from panda_jax.weights import DTYPE_NAMES, DTYPES, NUMPY_NAMES, Lazy, Weights, stored_shapes, tensor_sha256
 
 INDEX = "delta.json"
 NUM_THREADS = 2
@@ -51,7 +51,7 @@ class DeltaFolder:
     """Writes our lossless delta between `base` and the model that is handed over."""
 
     base: Weights
-    is_lossless: bool = True
+    is_lossless: ClassVar[bool] = True
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> DeltaSink:
         return DeltaSink(folder, self.base, source, entries)
@@ -234,7 +234,7 @@ class PublishedFolder:
     rule: str
     with_buffers: bool
     """Add the zero inv_freq buffers that transformers of 2023 wrote, for tools that ask for them."""
-    is_lossless: bool = False
+    is_lossless: ClassVar[bool] = False
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> PublishedSink:
         return PublishedSink(folder, source, entries, self)
@@ -335,7 +335,7 @@ def applied_published(folder: Path, base: Weights, rule: str | None, dtype: str,
     deltas = mapping.take(found, {name: row.hf for name, row in mapping.rows(model).items()}, model, str(folder))
     _check_shapes(deltas, base, rule)
     usual = settings.get("delta_target_dtype") or ("bfloat16" if rule == "panda" else "float16")
-    wanted = {each.name: each for each in DTYPES.values()}.get(usual if dtype == "keep" else dtype)
+    wanted = NUMPY_NAMES.get(usual if dtype == "keep" else dtype)
     if wanted is None:
         raise InputError(f"{folder / CONFIG}: delta_target_dtype is {usual!r}, expected float32, float16 or bfloat16")
     tensors = {name: _published(folder, rule, name, delta, base.tensors.get(name), wanted, ledger)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -214,7 +214,7 @@ class HfFolder:
     """README.md."""
     is_tokenizer_exact: bool
     """Write tokenizer.json, or refuse; otherwise tokenizer.model alone."""
-    is_lossless: bool = True
+    is_lossless: ClassVar[bool] = True
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> HfSink:
         return HfSink(folder, source, entries, self)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from panda_jax.config import PRESETS
+from panda_jax.presets import PRESETS
 from panda_jax.weights import Weights
 
 # SHA-256 of Meta's consolidated.00.pth, as published by the people who were asked for them (PROTOCOLS.md §1).

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -185,7 +185,7 @@ class MetaFolder:
     """Writes folders in Meta's layout."""
 
     num_ranks: int
-    is_lossless: bool = True
+    is_lossless: ClassVar[bool] = True
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> MetaSink:
         model = source.model
@@ -195,7 +195,7 @@ class MetaFolder:
             raise InputError(f"--shards {self.num_ranks}: does not divide the {model.num_kv_heads} key/value heads")
         if source.added_tokens:
             names = ", ".join(source.added_tokens)
-            source.provenance["notes"].append(
+            source.provenance.setdefault("notes", []).append(
                 f"Meta's layout has no place for the added tokens {names}; their rows stay"
             )
         return MetaSink(folder, source, entries, self.num_ranks)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,14 +18,14 @@ from panda_jax.config import Model
 from panda_jax.weights import DTYPE_NAMES, FORMAT, INDEX, Weights, open_weights
 
 # Settings of a run that say nothing about the weights.
-NOT_ARCHITECTURE = ("size", "init_from", "init_std")
+RUN_SETTINGS = ("size", "init_from", "init_std")
 SHARD_BYTES = 4_000_000_000
 
 
 class NativeFolder:
     """Writes weights folders (panda_jax/weights.py)."""
 
-    is_lossless = True
+    is_lossless: ClassVar[bool] = True
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> NativeSink:
         return NativeSink(folder, source, entries)
@@ -70,7 +70,7 @@ class NativeSink:
 
 def architecture(model: Model) -> dict[str, Any]:
     """Return the fields that say which model it is."""
-    return {name: value for name, value in dataclasses.asdict(model).items() if name not in NOT_ARCHITECTURE}
+    return {name: value for name, value in dataclasses.asdict(model).items() if name not in RUN_SETTINGS}
 
 
 def root_of(entries: Entries, hashes: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ orientation of a square matrix leave them all intact. Three implementations that
 
     our_logits           panda_jax/model/llama.py from our tensors
     meta_logits          Meta's convention in numpy: pairs (2i, 2i+1) turned as complex numbers (arXiv:2104.09864)
-    transformers_logits  transformers' LlamaForCausalLM from a Hugging Face folder, config.json included
+    transformers_logits  transformers' LlamaForCausalLM, in transformers_side.py, in a process of its own
 
 A big model is cut to what memory allows: its leading layers, and the vocabulary rows of the probe's tokens. Every side
 makes the same cut, and releases what it read before it returns.
@@ -15,29 +15,22 @@ makes the same cut, and releases what it read before it returns.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.probe import Probe, check_count
 from panda_jax.config import Compute, Model
 from panda_jax.errors import InputError
 from panda_jax.model.llama import Llama
 from panda_jax.weights import Lazy, stored_shapes, to_model
 
-if TYPE_CHECKING:
-    import torch
-
-# Float32 layers that one side may hold: the largest layer of a 13B is 1.18 GiB, and a conversion may use 3 GiB in all.
-BUDGET_BYTES = int(1.3 * 2**30)
 # float32 rounds to 6e-8, and two right sides sum thousands of products in different orders: one layer of a 13B, and all
 # twelve of a 110M, differ by 2e-6 of the largest logit. A wrong epsilon (1e-5 for 1e-6) makes 5e-4, wrong rotary 0.5.
 RELATIVE_TOLERANCE = 1e-5
@@ -46,29 +39,6 @@ COMPUTE = Compute(dtype="float32", attention="xla", remat="none", layer_loop="sc
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """Fixed tokens at fixed positions, and how much of the model they run through."""
-
-    tokens: np.ndarray
-    """int32 [B, T], ids of the whole vocabulary; each is one of `ids`."""
-    positions: np.ndarray
-    """int32 [B, T], rising within a row; token t sees the tokens up to itself."""
-    ids: np.ndarray
-    """int32 [R], sorted: the rows of the embedding and of the output layer that are read."""
-    num_layers: int
-    """Leading layers to run; the final norm follows the last of them."""
-    model_layers: int
-    """Layers that the whole model has."""
-    vocab_size: int
-    """Rows that the whole vocabulary has."""
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The tokens as indices into `ids`, int32 [B, T]."""
-        return np.searchsorted(self.ids, self.tokens).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -94,36 +64,6 @@ class Parity:
         return self.max_abs_difference <= self.tolerance
 
 
-def make_probe(model: Model, budget_bytes: int = BUDGET_BYTES) -> Probe:
-    """Return the probe of a model: the same for the same model and budget.
-
-    Two rows of up to 32 tokens, ids 0 and V-1 among them. The first stands at positions 0, 1, 2 … and jumps to the
-    last ones below context_length for its last quarter; the second is spread evenly over the context. As many leading
-    layers run as fit into `budget_bytes` in float32, at least one.
-    """
-    length = min(32, model.context_length)
-    tail = length // 4
-    near = np.arange(length)
-    near[length - tail :] += model.context_length - length
-    spread = np.arange(length) * (model.context_length - 1) // max(length - 1, 1)
-    tokens = np.random.default_rng(20230501).integers(0, model.vocab_size, (2, length)).astype(np.int32)
-    tokens[0, 0] = tokens[1, -1] = model.vocab_size - 1
-    tokens[0, -1] = tokens[1, 0] = 0
-    return Probe(
-        tokens=tokens,
-        positions=np.stack([near, spread]).astype(np.int32),
-        ids=np.unique(tokens),
-        num_layers=max(1, min(model.num_layers, budget_bytes // _layer_bytes(model))),
-        model_layers=model.num_layers,
-        vocab_size=model.vocab_size,
-    )
-
-
-def _layer_bytes(model: Model) -> int:
-    shapes = stored_shapes(replace(model, num_layers=1))
-    return 4 * sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("layers."))
-
-
 def compare(ours: np.ndarray, theirs: np.ndarray, probe: Probe, against: str) -> Parity:
     """Return how far two sides' logits, float32 [B, T, R], are apart; `against` names the other side.
 
@@ -143,12 +83,6 @@ def compare(ours: np.ndarray, theirs: np.ndarray, probe: Probe, against: str) ->
     )
 
 
-def _check(side: str, what: str, found: int, expected: int) -> None:
-    """Raise InputError when a side has more or less of something than the probe's model: a cut would hide that."""
-    if found != expected:
-        raise InputError(f"{side}: {found} {what}, the model to compare with has {expected}; convert it again")
-
-
 def _read(tensors: Mapping[str, Lazy], name: str) -> np.ndarray:
     if name not in tensors:
         raise InputError(f"{name} is absent, the model needs it; convert the weights again")
@@ -158,7 +92,7 @@ def _read(tensors: Mapping[str, Lazy], name: str) -> np.ndarray:
 def _read_rows(tensors: Mapping[str, Lazy], name: str, probe: Probe) -> np.ndarray:
     """Return the probe's rows [R, D] of a table [V, D]; the rest is released."""
     table = _read(tensors, name)
-    _check(name, "rows", len(table), probe.vocab_size)
+    check_count(name, "rows", len(table), probe.vocab_size)
     return table[probe.ids]
 
 
@@ -170,7 +104,7 @@ def our_logits(tensors: Mapping[str, Lazy], model: Model, probe: Probe) -> np.nd
 
     Raises InputError for an absent or misshapen tensor, and when the model is not the one of the probe.
     """
-    _check("our side", "layers", model.num_layers, probe.model_layers)
+    check_count("our side", "layers", model.num_layers, probe.model_layers)
     cut = replace(model, num_layers=probe.num_layers, vocab_size=len(probe.ids))
     with jax.default_device(_cpu()), jax.default_matmul_precision("highest"):
         parameters: dict[str, Any] = {"layers": {}}
@@ -233,7 +167,7 @@ def meta_logits(tensors: Mapping[str, Lazy], params: Mapping[str, Any], probe: P
     def heads(x: np.ndarray, name: str) -> np.ndarray:
         return (x @ weight(name).T).reshape(*x.shape[:2], -1, params["dim"] // num_heads)
 
-    _check("params.json", "layers", params["n_layers"], probe.model_layers)
+    check_count("params.json", "layers", params["n_layers"], probe.model_layers)
     x = _read_rows(tensors, "tok_embeddings.weight", probe)[probe.rows].astype(np.float32)
     for i in range(probe.num_layers):
         layer = f"layers.{i}"
@@ -267,107 +201,3 @@ def _rotors(positions: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
 
 def _turn(x: np.ndarray, turns: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(x).view(np.complex64) * turns).view(np.float32)
-
-
-# ---- transformers ---------------------------------------------------------------------------------------------------
-
-
-def available() -> bool:
-    """Tell whether torch and transformers are installed, without importing them."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def transformers_logits(folder: Path, probe: Probe) -> np.ndarray:
-    """Return transformers' logits, float32 [B, T, R], from a Hugging Face folder: safetensors or .bin, in any shards.
-
-    Its config.json is read by transformers and its tensors by the safetensors library or torch, nothing of it by us.
-    Raises InputError for a folder that lacks a file or tensor, or is not the model of the probe.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    try:
-        config = LlamaConfig.from_pretrained(folder, attn_implementation="eager", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: transformers cannot read config.json ({error}); convert it again") from error
-    _check(f"{folder / 'config.json'}", "layers", config.num_hidden_layers, probe.model_layers)
-    _check(f"{folder / 'config.json'}", "rows of vocabulary", config.vocab_size, probe.vocab_size)
-    config.num_hidden_layers, config.vocab_size = probe.num_layers, len(probe.ids)
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # may lie beyond the cut vocabulary
-    with torch.device("meta"):
-        network = LlamaForCausalLM(config).eval()
-    network.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are in no file
-    wanted = set(network.state_dict())
-    if config.tie_word_embeddings:
-        wanted.remove("lm_head.weight")
-    state = _read_huggingface(folder, wanted, probe)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    try:
-        network.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: the tensors do not fit config.json ({error}); convert it again") from error
-    tokens, positions = (torch.from_numpy(x.astype(np.int64)) for x in (probe.rows, probe.positions))
-    with torch.inference_mode():
-        # Without a mask transformers takes a jump in the positions for the start of another document.
-        logits = network(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=positions, use_cache=False
-        ).logits
-    return logits.numpy().copy()
-
-
-def _read_huggingface(folder: Path, wanted: set[str], probe: Probe) -> dict[str, torch.Tensor]:
-    """Return the wanted tensors in float32, of the embedding and the output layer the probe's rows only."""
-    state = {}
-    for path, reader in _huggingface_files(folder, wanted):
-        if not path.is_file():
-            raise InputError(f"{path}: the index names it, but it is absent; convert it again")
-        for name, tensor in reader(path, wanted):
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                _check(f"{path}: {name}", "rows", len(tensor), probe.vocab_size)
-                tensor = tensor[probe.ids.tolist()]
-            # A copy: a tensor that lies in a mapped file would keep its pages in memory.
-            state[name] = tensor.float() if tensor.element_size() < 4 else tensor.clone()
-            del tensor
-    if missing := sorted(wanted - state.keys()):
-        raise InputError(f"{folder}: {missing[0]} is absent, config.json needs it; convert it again")
-    return state
-
-
-Reader = Callable[[Path, set[str]], Iterable[tuple[str, Any]]]
-
-
-def _huggingface_files(folder: Path, wanted: set[str]) -> list[tuple[Path, Reader]]:
-    """Return the files that hold the wanted tensors, in transformers' order of preference."""
-    for whole, reader in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch_file)):
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            return [(folder / whole, reader)]
-        if index.is_file():
-            try:
-                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise InputError(f"{index}: damaged ({error}), expected a weight_map; convert it again") from error
-            return [(folder / name, reader) for name in sorted({places[key] for key in wanted & places.keys()})]
-    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin; expected a Hugging Face folder")
-
-
-def _safetensors(path: Path, wanted: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    import torch
-    from safetensors import safe_open
-
-    # framework="pt" maps the file for writing, which Linux refuses when it is larger than the memory.
-    with safe_open(path, framework="np") as file:
-        names = sorted(wanted & set(file.keys()))
-    for name in names:
-        with safe_open(path, framework="np") as file:  # anew for each tensor: the mapping goes with it
-            yield name, torch.from_numpy(file.get_tensor(name).astype(np.float32))
-
-
-def _torch_file(path: Path, wanted: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    import torch
-
-    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    for name in sorted(wanted & tensors.keys()):
-        yield name, tensors.pop(name)

@@ -11,7 +11,7 @@ import numpy as np
 from convert.disk_file import DiskFile
 from convert.transfer import Entries
 from panda_jax.errors import InputError
-from panda_jax.weights import safetensors_header
+from panda_jax.weights import safetensors_header, tensor_bytes
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -29,7 +29,7 @@ def plan_shards(entries: Entries, shard_bytes: int) -> list[Entries]:
     shards: list[Entries] = []
     filled = 0
     for name, (shape, dtype) in entries.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = tensor_bytes(shape, dtype)
         if not shards or filled + size > shard_bytes:
             shards.append({})
             filled = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from convert.hf_folder import CONFIG, read_hf, refuse_delta
 from convert.meta_folder import PARAMS, read_meta
 from panda_jax.errors import InputError
-from panda_jax.training import checkpoint
+from panda_jax.training.checkpoint_parameters import open_source
 from panda_jax.weights import Weights, is_weights_folder
 
 
@@ -19,10 +19,9 @@ def open_any(folder: Path) -> Weights:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     refuse_delta(folder)
-    if is_weights_folder(folder):
-        return checkpoint.open_source(folder)
-    if (folder / CONFIG).is_file():
-        return read_hf(folder)
-    if (folder / PARAMS).is_file():
-        return read_meta(folder)
-    return checkpoint.open_source(folder)
+    if not is_weights_folder(folder):
+        if (folder / CONFIG).is_file():
+            return read_hf(folder)
+        if (folder / PARAMS).is_file():
+            return read_meta(folder)
+    return open_source(folder)

@@ -47,7 +47,8 @@ def tokenizer_files(
     tokenizer = Tokenizer(model_bytes, MODEL_FILE)
     model = parse_sentencepiece(model_bytes)
     _refuse_inexact(model)
-    files, special, names = _files_of_any_kind(tokenizer, model, added_tokens, max_length, chat_template)
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files, special, names = _files_of_any_kind(kind, tokenizer, model, added_tokens, max_length, chat_template)
     listed = [{"id": i, "content": name, **SPECIAL_FLAGS} for name, i in special.items()]
     return files | {"tokenizer.json": _json(_fast_tokenizer(model, listed, names["bos_token"], tokenizer))}
 
@@ -62,12 +63,12 @@ def sentencepiece_files(
     """
     tokenizer = Tokenizer(model_bytes, MODEL_FILE)
     model = parse_sentencepiece(model_bytes)
-    files, _, _ = _files_of_any_kind(tokenizer, model, added_tokens, max_length, chat_template)
-    settings = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": "LlamaTokenizer", "legacy": True}
-    return files | {"tokenizer_config.json": _json(settings)}
+    kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    return _files_of_any_kind(kind, tokenizer, model, added_tokens, max_length, chat_template)[0]
 
 
 def _files_of_any_kind(
+    kind: Mapping[str, Any],
     tokenizer: Tokenizer,
     model: SentencePieceFile,
     added_tokens: Mapping[str, int],
@@ -86,7 +87,7 @@ def _files_of_any_kind(
     if pad := next((name for name in (*PAD_NAMES, model.pad_piece) if name in special), None):
         names["pad_token"] = pad
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **kind,
         **names,
         "add_bos_token": True,
         "add_eos_token": False,

@@ -19,15 +19,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from panda_jax.atomic import write_atomically
+from panda_jax.atomic import sync_folder, write_atomically
 from panda_jax.errors import InputError
-from panda_jax.weights import DTYPES, REPORT, Lazy, Weights, tensor_sha256
+from panda_jax.weights import NUMPY_NAMES, REPORT, Lazy, Weights, tensor_bytes, tensor_sha256
 
 Entries = dict[str, tuple[tuple[int, ...], np.dtype]]
 """Name -> shape and dtype, in the order of writing."""
@@ -53,10 +53,8 @@ class Sink(Protocol):
 class Target(Protocol):
     """A format that conversions write."""
 
-    @property
-    def is_lossless(self) -> bool:
-        """Whether every bit must come back; the published delta forms round."""
-        ...
+    is_lossless: ClassVar[bool]
+    """Whether every bit must come back; the published delta forms round."""
 
     def open(self, folder: Path, source: Weights, entries: Entries) -> Sink: ...
 
@@ -131,7 +129,7 @@ def _delete_unless_alive(debris: Path) -> None:
 
 
 def _take_the_name(folder: Path, output: Path) -> None:
-    _bring_to_disk(folder)
+    sync_folder(folder)
     if not output.exists():
         folder.rename(output)
     elif _exchange(folder, output):
@@ -141,16 +139,7 @@ def _take_the_name(folder: Path, output: Path) -> None:
         output.rename(former)
         folder.rename(output)
         shutil.rmtree(former)
-    _bring_to_disk(output.parent)
-
-
-def _bring_to_disk(folder: Path) -> None:
-    """Make the names in a folder outlast a crash of the machine; its files are on the disk already."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(output.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -197,12 +186,12 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 def plan_entries(tensors: Mapping[str, Lazy], dtype: str) -> Entries:
     """Return the shape and dtype of every tensor to write; `dtype` is `keep` or one of float32, float16, bfloat16."""
-    wanted = {each.name: each for each in DTYPES.values()}.get(dtype)
+    wanted = NUMPY_NAMES.get(dtype)
     return {name: (tensor.shape, wanted or tensor.dtype) for name, tensor in tensors.items()}
 
 
 def num_bytes(entries: Entries) -> int:
-    return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in entries.values())
+    return sum(tensor_bytes(shape, dtype) for shape, dtype in entries.values())
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -277,11 +266,3 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Any]:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     write_atomically(folder / REPORT, [json.dumps(report, ensure_ascii=False, indent=1).encode() + b"\n"])
-
-
-def dtype_counts(tensors: Mapping[str, Lazy]) -> dict[str, int]:
-    """Return how many tensors have which dtype."""
-    counts: dict[str, int] = {}
-    for tensor in tensors.values():
-        counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + 1
-    return counts

@@ -33,8 +33,13 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a crash of the machine can lose the name of a file that is there."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # without this a crash of the machine can lose the name of a file that is on the disk
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

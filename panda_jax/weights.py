@@ -37,6 +37,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NUMPY_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 FORMAT = "panda_jax weights 1"
 INDEX = "weights.json"
 # How a conversion to any format was proven.
@@ -58,7 +59,12 @@ class Lazy:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return tensor_bytes(self.shape, self.dtype)
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Return how many bytes a tensor takes."""
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def stored_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -96,7 +102,7 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
         if kind not in DTYPES:
             raise InputError(f"{path}: {name} is {kind}, expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[kind]
-        if first != end or last - first != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        if first != end or last - first != tensor_bytes(shape, dtype):
             raise InputError(f"{path}: the header gives {name} bytes {first} to {last}, which fits neither its shape "
                              f"{shape} nor its neighbour; fetch the file again")  # fmt: skip
         end = last
@@ -151,7 +157,7 @@ def safetensors_header(entries: Mapping[str, tuple[tuple[int, ...], np.dtype]], 
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (shape, dtype) in entries.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        end = offset + tensor_bytes(shape, dtype)
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

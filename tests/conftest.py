@@ -1,6 +1,7 @@
 """Shared fixtures: eight simulated CPU devices, and the real data where it is present."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kill-points", type=int, default=1, help="random moments at which the tests kill a run or a conversion"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def transformers_in_this_process() -> Iterator[None]:
+    """Conversions compare logits without a child, which takes seconds to import torch; test_parity starts one."""
+    from convert import transformers_side
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_side, "logits_of_child", transformers_side.transformers_logits)
+        yield
 
 
 @pytest.fixture(scope="session")

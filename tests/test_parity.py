@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 
-from convert import parity
-from convert.parity import Parity, Probe, compare, make_probe, meta_logits, our_logits, transformers_logits
-from panda_jax.config import PRESETS, Model
+from convert import transformers_side
+from convert.parity import Parity, compare, meta_logits, our_logits
+from convert.probe import Probe, make_probe
+from convert.transformers_side import logits_of_child, transformers_logits
+from panda_jax.config import Model
 from panda_jax.errors import InputError
+from panda_jax.presets import PRESETS
 from panda_jax.weights import Lazy, from_model, to_model
 
 Arrays = dict[str, np.ndarray]
@@ -183,6 +186,11 @@ def test_ours_meta_and_transformers_agree(model: Model, tmp_path: Path) -> None:
         assert found.passed and found.max_abs_difference <= 1e-5
         assert found.max_abs_logit > 1
         assert (found.layers_compared, found.num_layers, found.num_tokens) == (4, 4, 64)
+
+
+def test_a_child_computes_the_same_logits(tmp_path: Path) -> None:
+    folder, probe = write_huggingface(tmp_path, GROUPED, stored(GROUPED)), make_probe(GROUPED)
+    np.testing.assert_allclose(logits_of_child(folder, probe), transformers_logits(folder, probe), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -432,10 +440,12 @@ def test_a_damaged_huggingface_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_transformers_is_available_here_and_its_absence_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parity.available()
-    found = parity.importlib.util.find_spec
-    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
-    assert not parity.available()
+    assert transformers_side.available()
+    found = transformers_side.importlib.util.find_spec
+    monkeypatch.setattr(
+        transformers_side.importlib.util, "find_spec", lambda name: None if name == "torch" else found(name)
+    )
+    assert not transformers_side.available()
 
 
 # ---- orientation ----------------------------------------------------------------------------------------------------
