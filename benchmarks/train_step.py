@@ -37,7 +37,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from panda_jax.config import (  # noqa: E402  (the benchmark runs from the checkout)
-    PRESETS,
     AdamW,
     Compute,
     Config,
@@ -49,6 +48,7 @@ from panda_jax.config import (  # noqa: E402  (the benchmark runs from the check
     Tokenizer,
     Train,
 )  # fmt: skip
+from panda_jax.presets import PRESETS  # noqa: E402
 
 BATCH, LENGTH = 4, 512
 LEARNING_RATE, BETAS, EPS, CLIP_NORM = 1e-4, (0.9, 0.99), 1e-6, 5.0

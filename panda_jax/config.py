@@ -6,7 +6,7 @@ reports mistakes. The string under a field is its documentation: `--help` prints
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -16,27 +16,6 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-
-
-def _llama(dim: int, num_layers: int, num_heads: int, mlp_dim: int, norm_eps: float, context_length: int, **other: Any):
-    """Return the fields shared by every published LLaMA of the given size (PROTOCOLS.md §1)."""
-    sizes = dict(dim=dim, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_heads, mlp_dim=mlp_dim)
-    return sizes | dict(vocab_size=32000, norm_eps=norm_eps, context_length=context_length) | other
-
-
-# size name -> model fields. The published sizes' parameter counts are checked in tests/test_config.py.
-PRESETS: dict[str, dict[str, Any]] = {
-    "llama-7b": _llama(4096, 32, 32, 11008, 1e-6, 2048),
-    "llama-13b": _llama(5120, 40, 40, 13824, 1e-6, 2048),
-    "llama-33b": _llama(6656, 60, 52, 17920, 1e-6, 2048),
-    "llama-65b": _llama(8192, 80, 64, 22016, 1e-5, 2048),
-    "llama2-7b": _llama(4096, 32, 32, 11008, 1e-5, 4096),
-    "llama2-13b": _llama(5120, 40, 40, 13824, 1e-5, 4096),
-    "llama2-70b": _llama(8192, 80, 64, 28672, 1e-5, 4096, num_kv_heads=8),
-    "tiny-1m": _llama(128, 4, 4, 344, 1e-5, 512, num_kv_heads=2, vocab_size=768),
-    "tiny-15m": _llama(288, 6, 6, 768, 1e-5, 1024, tie_embeddings=True),
-    "tiny-110m": _llama(768, 12, 12, 2048, 1e-5, 2048, tie_embeddings=True),
-}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -371,6 +350,26 @@ class Log:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Eval:
+    """Multiple-choice tasks that are scored while the run trains, on a sample of their questions."""
+
+    tasks: tuple[str, ...] = ()
+    """Keys of TASKS in panda_jax/evaluation/tasks.py; none is scored when empty."""
+    data: str = ""
+    """Folder with the tasks' official files."""
+    split: str = ""
+    """Whose questions are sampled; each task's own when empty."""
+    protocols: tuple[str, ...] = ("likelihood",)
+    """Keys of PROTOCOLS in panda_jax/evaluation/prompts.py."""
+    num_questions: Positive = 200
+    """Questions of each task, chosen by seed, the same ones every time."""
+    shots: Count | None = None
+    """Worked examples before each question; each task's own number when null."""
+    every_steps: Positive | None = None
+    """Score this often, besides at the end."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One run."""
 
@@ -389,6 +388,7 @@ class Config:
     compute: Compute = Field(default_factory=Compute)
     mesh: Mesh = Field(default_factory=Mesh)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    eval: Eval = Field(default_factory=Eval)
     log: Log = Field(default_factory=Log)
 
     @model_validator(mode="after")

@@ -1,26 +1,30 @@
 """The whole recipe in miniature: `python -m panda_jax.demo [--dir demo] [--seed N]`, minutes on a laptop.
 
-Writes a small world as files in the corpora's native formats, then calls the doors that everyone uses: prepare and
-train, for pre-training and for instruction tuning. The second training is sent a real SIGTERM half-way and started
-again. Started again itself, the demo goes on where it stopped.
+Writes a small world as files in the corpora's native formats, and tests about it in those of LogiQA-v2 and C3. Then
+calls the doors that everyone uses: prepare and train, for pre-training and for instruction tuning, and evaluate. The
+second training is sent a real SIGTERM half-way and started again. The demo itself goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from panda_jax import settings
 from panda_jax.command_line import Parser, run_door, start_module
-from panda_jax.data.world import World, make_world
-from panda_jax.data.world_files import write_world
-from panda_jax.errors import InputError
+from panda_jax.data.demo_inputs import write_inputs
+from panda_jax.data.world import make_world
+from panda_jax.evaluation.demo_table import PROTOCOLS, TASKS, staircase
+from panda_jax.evaluation.reading_exercises import write_reading
 
 STAGES = {"stage1": "pre-training on five corpora", "stage2": "instruction tuning on COIG"}
+ABLATION = {"all_mixed": "the data of both stages in one run of as many steps"}
+LONG = {f"long_{stage}": f"{purpose}, a larger model" for stage, purpose in STAGES.items()}
+READING = "reading_instructions.jsonl"
 INTERRUPT_AFTER_STEP = 60
 POLL_S = 0.2
 NEXT = """
@@ -28,35 +32,40 @@ NEXT = """
 next:
   cd {folder}
   python -m panda_jax.prepare --config stage2.yaml --preview 3
-  python -m panda_jax.train --config stage2.yaml name=longer train.epochs=24
+  python -m panda_jax.train --config stage2.yaml name=longer train.max_steps=240 train.epochs=24
   then your own corpora: copy stage1.yaml and change data.sources (configs/panda has the full-size runs)"""
 
 
 def main(arguments: list[str]) -> int:
     """Run the demo in its folder; return 0, or the exit status of the door that failed."""
-    parser = Parser(prog="python -m panda_jax.demo", description="Pre-train and instruct a 1 M parameter model.")
+    parser = Parser(prog="python -m panda_jax.demo", description="Pre-train, instruct and test a 1 M parameter model.")
     parser.add_argument("--dir", default="demo", metavar="DIR", help="folder that everything goes to (default demo)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="draws another world (default 1)")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("--ablation", action="store_true", help="also train on both stages' data in one run")
+    more.add_argument("--long", action="store_true", help="a larger model that practises reading, about an hour")
     options = parser.parse_args(arguments)
-    folder = Path(options.dir)
+    folder, world = Path(options.dir), make_world(options.seed)
+    runs = LONG if options.long else STAGES | (ABLATION if options.ablation else {})
     # A demo that is told to stop passes it on: the training then saves before it leaves.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-    _say(f"a small world (seed {options.seed}) as files in {folder / 'corpora'}")
-    _write_inputs(make_world(options.seed), folder)
-    for stage, purpose in STAGES.items():
-        _say(f"{stage}, {purpose}: prepare the data")
-        if status := _run_door("prepare", stage, folder):
+    _say(f"a small world (seed {options.seed}) and tests about it, as files in {folder}")
+    write_inputs(world, folder, runs)
+    if options.long and not (folder / "corpora" / READING).exists():
+        write_reading(world, folder / "corpora" / READING)
+    for run, purpose in runs.items():
+        if status := _train(run, purpose, folder):
             return status
-        _say(f"{stage}, {purpose}: train")
-        if stage == "stage2" and _last_step(folder, stage) < INTERRUPT_AFTER_STEP:
-            if status := _run_door("train", stage, folder, INTERRUPT_AFTER_STEP):
-                return status
-            _say(f"{stage}: stopped on purpose by SIGTERM; the same command goes on from the checkpoint it left")
-        if status := _run_door("train", stage, folder):
+    _say("evaluate every checkpoint: 128 facts that stage 1 tells and nothing asks")
+    models = [place for run in runs for place in _checkpoints(folder, run)]
+    lists = ("--tasks", ",".join(TASKS), "--protocol", ",".join(PROTOCOLS), "--data", "exams")
+    # Its own tables are long, and they are kept: ours puts the protocols side by side.
+    with (folder / "evaluate.log").open("w", encoding="utf-8") as log:
+        if status := _run_door(folder, "evaluate", "--checkpoint", *map(str, models), *lists, stdout=log):
             return status
     _say("done")
-    print(_summary(folder))
+    print(_summary(folder, runs, models))
     return 0
 
 
@@ -64,40 +73,27 @@ def _say(text: str) -> None:
     print(f"\n── {text}", flush=True)
 
 
-def _write_inputs(world: World, folder: Path) -> None:
-    """Write the corpora and the two configs unless they are there; raises InputError for another seed's folder."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--dir {folder}: found a file, expected a folder or a new name; choose another")
-    marker = folder / "world.json"
-    if not marker.exists():
-        for path in write_world(world, folder / "corpora").values():
-            print(f"{path.name}: {path.stat().st_size / 1e3:,.0f} kB")
-        truth = {"seed": world.seed, "people": {person.name: person.facts for person in world.people}}
-        marker.write_text(json.dumps(truth, ensure_ascii=False, indent=1), encoding="utf-8")
-    found = json.loads(marker.read_text(encoding="utf-8"))["seed"]
-    if found != world.seed:
-        raise InputError(f"{marker}: this world has seed {found}, expected --seed {world.seed}; choose another --dir")
-    for stage in STAGES:
-        if not (folder / f"{stage}.yaml").exists():
-            shutil.copyfile(_configs() / f"{stage}.yaml", folder / f"{stage}.yaml")
+def _train(run: str, purpose: str, folder: Path) -> int:
+    """Prepare a run's data and train it; return 0, or the exit status of the door that failed."""
+    config = ("--config", f"{run}.yaml")
+    _say(f"{run}, {purpose}: prepare the data")
+    if status := _run_door(folder, "prepare", *config):
+        return status
+    _say(f"{run}, {purpose}: train")
+    if run.endswith("stage2") and _last_step(folder, run) < INTERRUPT_AFTER_STEP:
+        if status := _run_door(folder, "train", *config, stop_run=run):
+            return status
+        _say(f"{run}: stopped on purpose by SIGTERM; the same command goes on from the checkpoint it left")
+    return _run_door(folder, "train", *config)
 
 
-def _configs() -> Path:
-    """Return where the demo's configs are: in an installed package, or in the checkout that the package stands in."""
-    package = Path(__file__).parent
-    for folder in (package / "configs" / "demo", package.parent / "configs" / "demo"):
-        if folder.is_dir():
-            return folder
-    raise InputError(f"{package}: configs/demo is missing from this installation; install panda_jax again")
-
-
-def _run_door(door: str, stage: str, folder: Path, stop_after_step: int | None = None) -> int:
-    """Run a door on a stage's config inside the demo's folder; send it SIGTERM once it has logged the given step."""
-    print(f"$ cd {folder} && python -m panda_jax.{door} --config {stage}.yaml", flush=True)
-    process = start_module(f"panda_jax.{door}", "--config", f"{stage}.yaml", cwd=folder)
+def _run_door(folder: Path, door: str, *arguments: str, stop_run: str = "", stdout: IO[str] | None = None) -> int:
+    """Run a door inside the demo's folder; send it SIGTERM once `stop_run` has logged INTERRUPT_AFTER_STEP steps."""
+    print(f"$ cd {folder} && python -m panda_jax.{door} {' '.join(arguments)}", flush=True)
+    process = start_module(f"panda_jax.{door}", *arguments, cwd=folder, stdout=stdout)
     try:
-        while stop_after_step is not None and process.poll() is None:
-            if _last_step(folder, stage) >= stop_after_step:
+        while stop_run and process.poll() is None:
+            if _last_step(folder, stop_run) >= INTERRUPT_AFTER_STEP:
                 process.send_signal(signal.SIGTERM)
                 break
             try:
@@ -112,32 +108,42 @@ def _run_door(door: str, stage: str, folder: Path, stop_after_step: int | None =
         raise
 
 
-def _run_folder(folder: Path, stage: str) -> Path:
-    config = settings.load(str(folder / f"{stage}.yaml"))
+def _checkpoints(folder: Path, run: str) -> list[Path]:
+    """Return the checkpoints that the run's config keeps, or its last one, relative to the demo's folder."""
+    config, last = settings.load(str(folder / f"{run}.yaml")), _last_step(folder, run)
+    steps = [step for step in config.checkpoint.steps if step <= last] or [last]
+    return [Path(config.log.runs_dir, config.name, "checkpoints", str(step)) for step in steps]
+
+
+def _run_folder(folder: Path, run: str) -> Path:
+    config = settings.load(str(folder / f"{run}.yaml"))
     return folder / config.log.runs_dir / config.name
 
 
-def _metrics(folder: Path, stage: str) -> list[dict]:
+def _metrics(folder: Path, run: str) -> list[dict]:
     """Return the complete lines of a run's metrics.jsonl, none where the run has not begun."""
-    path = _run_folder(folder, stage) / "metrics.jsonl"
+    path = _run_folder(folder, run) / "metrics.jsonl"
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _last_step(folder: Path, stage: str) -> int:
-    return max((line["step"] for line in _metrics(folder, stage)), default=0)
+def _last_step(folder: Path, run: str) -> int:
+    return max((line["step"] for line in _metrics(folder, run)), default=0)
 
 
-def _summary(folder: Path) -> str:
-    """Return the held-out losses, the figures' paths, and what to try next."""
-    rows = ["stage   held-out loss before -> after   figure"]
-    for stage in STAGES:
-        losses = [line["held_out_loss"] for line in _metrics(folder, stage) if "held_out_loss" in line]
+def _summary(folder: Path, runs: dict[str, str], models: list[Path]) -> str:
+    """Return the held-out losses, the figures' paths, the table of scores, and what to try next."""
+    rows = [f"{'run':<11}  held-out loss before -> after   figure"]
+    for run in runs:
+        losses = [line["held_out_loss"] for line in _metrics(folder, run) if "held_out_loss" in line]
         change = f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "nothing held out"
-        rows.append(f"{stage}  {change:>29}   {_run_folder(folder, stage) / 'plots' / 'loss.png'}")
-    return "\n".join(rows) + NEXT.format(folder=folder)
+        rows.append(f"{run:<11}  {change:>29}   {_run_folder(folder, run) / 'plots' / 'loss.png'}")
+    # The evaluate door names a model after its run and step.
+    labels = [f"{model.parts[-3]} step {model.name}" for model in models]
+    scored = [(label, folder / "evaluations" / label.replace(" ", "-")) for label in labels]
+    return "\n".join([*rows, "", staircase(scored, folder / "exams")]) + NEXT.format(folder=folder)
 
 
 if __name__ == "__main__":

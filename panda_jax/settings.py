@@ -14,8 +14,9 @@ import pydantic
 import yaml
 
 from panda_jax import schema
-from panda_jax.config import PRESETS, Config
+from panda_jax.config import Config
 from panda_jax.errors import InputError
+from panda_jax.presets import PRESETS
 
 Where = tuple[str | int, ...]
 

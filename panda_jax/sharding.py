@@ -6,13 +6,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from panda_jax.config import Config
+from panda_jax.config import Compute, Config
 from panda_jax.config import Mesh as MeshConfig
 from panda_jax.errors import InputError
 
@@ -140,6 +142,17 @@ def to_global(batch: Mapping[str, np.ndarray], rows: np.ndarray, mesh: jax.shard
         return jax.make_array_from_callback((global_batch_size, *local.shape[1:]), sharding, shard)
 
     return {name: spread(local) for name, local in batch.items()}
+
+
+def configure_jax(compute: Compute) -> None:
+    """Make float32 mean float32 on every platform, and keep compiled programs across starts, small ones included."""
+    # Where it is not asked for, GPUs and TPUs multiply float32 in a format of 10 or 7 bits.
+    precision = "highest" if compute.dtype == "float32" else None
+    jax.config.update("jax_default_matmul_precision", precision)
+    if compute.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(compute.compilation_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 # ---- the processes of one run: how they find each other, and where they wait for each other -------------------------
@@ -278,3 +291,16 @@ def together(name: str, work: Callable[[], object]) -> None:
 def by_first(name: str, work: Callable[[], object]) -> None:
     """Do `work` in the first process while the others wait for it."""
     together(name, work if jax.process_index() == 0 else lambda: None)
+
+
+def say(text: str) -> None:
+    """Print a line, once in a run of several processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def first_decides(answer: bool) -> bool:
+    """Return the first process's answer in every process: others may not see its disk."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))

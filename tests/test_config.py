@@ -9,7 +9,8 @@ import pydantic
 import pytest
 
 from panda_jax import settings
-from panda_jax.config import PRESETS, Config, Data, InitFrom, Lion, Model, Source, Tokenizer
+from panda_jax.config import Config, Data, InitFrom, Lion, Model, Source, Tokenizer
+from panda_jax.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ import torch
 from foreign import GQA, bits, done, our_bits, refused
 
 from convert import delta, delta_folder, hf, known_bases, meta
-from panda_jax.config import PRESETS
+from panda_jax.presets import PRESETS
 from panda_jax.weights import open_weights
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

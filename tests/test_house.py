@@ -16,14 +16,17 @@ PACKAGE = REPOSITORY / "panda_jax"
 # From the ground up. A room may import rooms of lower floors and its own files, never its neighbours.
 FLOORS = [
     {"config", "errors", "atomic"},
+    {"presets"},
     {"schema"},
     {"settings"},
     {"command_line", "text", "sharding", "weights"},
     {"data"},
     {"model"},
-    {"objectives"},
+    {"objectives", "generation"},
+    {"evaluation"},
     {"training"},
-    {"train", "prepare", "demo"},
+    {"harness"},
+    {"train", "prepare", "evaluate", "generate", "lm_eval", "demo"},
 ]
 DOORS = FLOORS[-1]
 ROOM_OF_LIBRARY = {
@@ -110,9 +113,14 @@ def test_data_and_text_reach_no_jax() -> None:
 
 
 def test_the_train_door_is_within_reach() -> None:
+    """What the door loads. A run that names eval.tasks enters the rooms of evaluation and generation, others do not."""
+    code = "import sys, panda_jax.train; print(*[name for name in sys.modules if name.startswith('panda_jax.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    loaded = [name for name in done.stdout.split() if SOURCES[name].name != "__init__.py"]
+    assert len(loaded) <= 30, sorted(loaded)
+    assert not [name for name in loaded if room(name) in ("evaluation", "generation")]
     depth = reach("panda_jax.train")
-    assert len(depth) <= 25, sorted(depth)
-    assert max(depth.values()) <= 7
+    assert max(depth[name] for name in loaded) <= 7
 
 
 def test_the_converters_stand_beside_the_package() -> None:
@@ -120,7 +128,7 @@ def test_the_converters_stand_beside_the_package() -> None:
     for module, tree in CONVERTERS.items():
         found = set(imports_of(tree, module))
         for library in {inner.split(".")[0] for inner in found} & {"torch", "transformers", "safetensors", "grain"}:
-            assert module == "convert.parity", f"{module} imports {library}"
+            assert module == "convert.transformers_side", f"{module} imports {library}"
         assert not {"orbax", "sentencepiece"} & {inner.split(".")[0] for inner in found}, module
         assert not found & {f"convert.{door}" for door in CONVERSION_DOORS}, f"{module} imports a door"
         floors = {room(inner) for inner in found if inner.startswith("panda_jax.")}

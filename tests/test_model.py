@@ -15,10 +15,11 @@ from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from panda_jax import sharding
-from panda_jax.config import PRESETS, Compute, Mesh, Model
+from panda_jax.config import Compute, Mesh, Model
 from panda_jax.model import llama
 from panda_jax.model.llama import Llama
 from panda_jax.objectives import causal
+from panda_jax.presets import PRESETS
 
 # Every dimension differs from every other, so that a confused axis cannot pass: B 5, T 37, G 4, H 6 and these.
 GROUPED = Model(

@@ -17,8 +17,9 @@ import pytest
 from panda_jax import demo, settings
 from panda_jax.config import Source
 from panda_jax.data import corpora, files
+from panda_jax.data.demo_inputs import write_inputs
 from panda_jax.data.records import Example, Skip
-from panda_jax.data.world import World, held_out_questions, make_world
+from panda_jax.data.world import World, make_world
 from panda_jax.data.world_files import write_world
 from panda_jax.data.world_wordings import FACT_TYPES, MEN, SURNAMES, WOMEN
 from panda_jax.errors import InputError
@@ -228,8 +229,6 @@ def test_stage_2_never_touches_what_is_held_out(world: World, records: dict[str,
         assert not [
             (name, value) for name in names for value in VALUES if value in text and (name, value) in held_out_values
         ]
-    whole = "\n".join(texts)
-    assert not [question.text for question in held_out_questions(world) if question.text in whole]
 
 
 def test_stage_2_asks_about_everything_else(world: World, records: dict[str, list[dict]]) -> None:
@@ -246,23 +245,6 @@ def test_stage_2_asks_about_everything_else(world: World, records: dict[str, lis
                 assert len(given) >= 4 and set(given) == {person.facts[fact_type.key]}
                 pairs += 1
     assert pairs == 256
-
-
-def test_held_out_questions(world: World) -> None:
-    """128 = 48 * 8 / 3 questions, 16 of each type; four different options of that type, exactly one of them true."""
-    questions = held_out_questions(world)
-    facts = {person.name: person.facts for person in world.people}
-    types = {fact_type.key: fact_type for fact_type in FACT_TYPES}
-    assert len({question.text for question in questions}) == 128
-    assert set(Counter(question.fact for question in questions).values()) == {16}
-    for question in questions:
-        assert (question.person, question.fact) in world.held_out
-        assert question.person in question.text
-        assert len(set(question.options)) == 4 and set(question.options) <= set(types[question.fact].values)
-        assert question.options[question.answer] == facts[question.person][question.fact]
-    positions = Counter(question.answer for question in questions)
-    assert min(positions.values()) >= 16  # a fixed letter earns no more than it should
-    assert held_out_questions(make_world(SEED)) == questions
 
 
 @pytest.mark.parametrize("key", SCHEMAS)
@@ -297,7 +279,7 @@ def test_readers_take_every_record(
     paths: dict[str, Path], records: dict[str, list[dict]], tmp_path: Path, stage: str
 ) -> None:
     """The demo's own configs name the files; each record becomes one example, but for the broken dialogue."""
-    demo._write_inputs(make_world(SEED), tmp_path)
+    write_inputs(make_world(SEED), tmp_path, demo.STAGES)
     config = settings.load(str(tmp_path / f"{stage}.yaml"))
     assert {source.corpus for source in config.data.sources} == {
         key for key in records if (key in STAGE_1) == (stage == "stage1")
@@ -317,10 +299,10 @@ def test_readers_take_every_record(
 
 def test_demo_keeps_its_folder_and_refuses_another_world(tmp_path: Path) -> None:
     """A second start changes nothing, not even a config that was edited; another seed is refused by name."""
-    demo._write_inputs(make_world(SEED), tmp_path)
+    write_inputs(make_world(SEED), tmp_path, demo.STAGES)
     (tmp_path / "stage1.yaml").write_text("edited", encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    demo._write_inputs(make_world(SEED), tmp_path)
+    write_inputs(make_world(SEED), tmp_path, demo.STAGES)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(InputError, match=rf"world.json: this world has seed {SEED}, expected --seed 6"):
-        demo._write_inputs(make_world(6), tmp_path)
+        write_inputs(make_world(6), tmp_path, demo.STAGES)

@@ -2,7 +2,8 @@
 
 Stage 1 of the demo tells every fact in many wordings and asks for none of a named person's (only who somebody's friend
 is, and what that friend is like). Stage 2 asks about two thirds of the (person, fact type) pairs; the other third is
-held out, and `held_out_questions` returns it as a closed-book test. A sixth of the people do not occur in stage 2.
+held out: no stage asks for it, not by way of a friend either, and world_exams.py makes tests of it. A sixth of the
+people do not occur in stage 2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from panda_jax.data.world_wordings import (
     ANIMAL_LORE,
@@ -30,7 +30,6 @@ NUM_SILENT_PEOPLE = 8
 """People whom stage 2 never mentions."""
 NUM_HELD_OUT_PER_TYPE = 8
 """Held-out pairs per fact type among the people whom stage 2 does mention."""
-NUM_OPTIONS = 4
 REVERSE_SHARE = 0.2
 """Share of sentences that go from the value to the person."""
 PRONOUN_SHARE = 0.4
@@ -66,17 +65,6 @@ class World:
         return [fact_type for fact_type in FACT_TYPES if (person.name, fact_type.key) not in self.held_out]
 
 
-class HeldOutQuestion(NamedTuple):
-    """A fact told in stage 1 and never asked in stage 2: score each option's text after the bare `text`."""
-
-    text: str
-    options: tuple[str, ...]
-    answer: int
-    """Index of the only true option."""
-    person: str
-    fact: str
-
-
 def make_world(seed: int) -> World:
     """Draw a world; equal seeds give equal worlds on every Python and machine."""
     rng = random.Random(f"{seed}/world")
@@ -90,23 +78,6 @@ def make_world(seed: int) -> World:
         lore=(*ANIMAL_LORE, *JOB_LORE, *SEASON_LORE, *_town_lore(rng)),
         held_out=_held_out(people, rng),
     )
-
-
-def held_out_questions(world: World) -> tuple[HeldOutQuestion, ...]:
-    """Return one question per held-out pair, with four options of the same type in a seeded order."""
-    rng = world.generator("held-out questions")
-    questions = []
-    for person in world.people:
-        for fact_type in FACT_TYPES:
-            if (person.name, fact_type.key) in world.held_out:
-                value = person.facts[fact_type.key]
-                others = [other for other in fact_type.values if other != value]
-                options = rng.sample([value, *rng.sample(others, NUM_OPTIONS - 1)], NUM_OPTIONS)
-                text = rng.choice(fact_type.questions).format(n=person.name)
-                questions.append(
-                    HeldOutQuestion(text, tuple(options), options.index(value), person.name, fact_type.key)
-                )
-    return tuple(questions)
 
 
 def tell(person: Person, fact_types: Sequence[FactType], rng: random.Random) -> str:

@@ -30,7 +30,8 @@ NUM_ENTRIES = 18
 NUM_THREADS = 36
 """webtext2019zh answers per person."""
 NARROW_SHARE = 0.75
-"""Share of webtext2019zh questions that ask for one fact about someone's friend rather than who the friend is."""
+"""Share of webtext2019zh questions, where any fact may be asked for, that ask for one about someone's friend rather
+than who the friend is."""
 NUM_DIALOGUES = 3
 """COIG dialogues per person whom stage 2 may mention."""
 NUM_WORDINGS = 4
@@ -119,6 +120,7 @@ def _baike(world: World) -> Iterable[Record]:
 def _webtext(world: World) -> Iterable[Record]:
     """Questions about someone's friend, answered with the value asked for, who the friend is, and three more facts.
 
+    What is held out is not asked for by way of a friend either; three more facts may tell it.
     Whoever only knows which values go with a name that stands in the question answers about the wrong one of the two.
     """
     rng = world.generator("webtext2019zh")
@@ -127,8 +129,9 @@ def _webtext(world: World) -> Iterable[Record]:
     for i, person in enumerate(items):
         opening = rng.choice(FRIEND_OPENINGS).format(n=person.name)
         questions = FRIEND_QUESTIONS
-        if rng.random() < NARROW_SHARE:
-            fact_type = rng.choice(FACT_TYPES)
+        asked = world.asked(person)
+        if asked and rng.random() < NARROW_SHARE:
+            fact_type = rng.choice(asked)
             questions, opening = fact_type.questions, f"{person.facts[fact_type.key]}。{opening}"
         yield {
             "qid": 20000000 + i,

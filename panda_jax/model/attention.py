@@ -11,6 +11,15 @@ For segment ids [1, 1, 2, 0] the mask, one row per query, is
     0 0 0 1
 
 so padding (segment 0) sees only padding: its rows stay finite, and no real token reads them.
+
+Alternative endings of one text share its beginning. With branch ids [0, 0, 1, 1, 2] in one segment, branch 0 is what
+they share, and 1 and 2 do not see each other:
+
+    1 0 0 0 0
+    1 1 0 0 0
+    1 1 1 0 0
+    1 1 1 1 0
+    1 1 0 0 1
 """
 
 from __future__ import annotations
@@ -80,44 +89,52 @@ def choose_backend(model: Model, compute: Compute, seq_len: int) -> str:
     return "cudnn"
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, backend: str, block: int) -> jax.Array:
+class Visibility(NamedTuple):
+    """What decides, beside the order of the tokens, who sees whom: int32 [B, T] each."""
+
+    segment_ids: jax.Array
+    branch_ids: jax.Array | None
+    """None where texts do not branch."""
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, backend: str, block: int) -> jax.Array:
     """Return the attention output [B, T, N, H] in q's dtype.
 
-    q [B, T, N, H], k and v [B, T, K, H] share one dtype; segment_ids int32 [B, T]; `backend` comes from
-    `choose_backend`; `block` is the number of query rows per block of the XLA backend.
+    q [B, T, N, H], k and v [B, T, K, H] share one dtype; `backend` comes from `choose_backend`; `block` is the number
+    of query rows per block of the XLA backend.
     """
     if backend == "cudnn":
-        return _attend_cudnn(q, k, v, segment_ids)
-    return _attend_blocked(q, k, v, segment_ids, block)
+        return _attend_cudnn(q, k, v, visibility)
+    return _attend_blocked(q, k, v, visibility, block)
 
 
-def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
     """Attention by cuDNN's fused kernel.
 
     The causal mask is part of the kernel, so blocks above the diagonal are not computed. The segment mask becomes a
     dense bias of B x T x T x 2 bytes (268 MB at B 8, T 4096) that is read once per head: that is the price of packing.
     """
-    same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=same_segment, is_causal=True, implementation="cudnn")
+    reachable = _reachable(visibility, slice(None), slice(None))[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=reachable, is_causal=True, implementation="cudnn")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_blocked(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block: int) -> jax.Array:
+def _attend_blocked(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, block: int) -> jax.Array:
     """Attention over blocks of query rows, each against the keys up to its own end: half the square is never computed.
 
     Scores and softmax are float32. The last block is shorter when `block` does not divide T. Nothing of size T x S is
     kept for the backward pass, which forms the weights of each block anew from the log-sum-exp of its rows
     (arXiv:2205.14135 §3.1).
     """
-    return _blocked_forward(q, k, v, segment_ids, block)[0]
+    return _blocked_forward(q, k, v, visibility, block)[0]
 
 
-def _blocked_forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block: int):
+def _blocked_forward(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, block: int):
     """Return the output and what the backward pass needs; the log-sum-exp is float32 [B, K, G, T]."""
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k, k.shape[2])[:, :, 0], _by_head(v, v.shape[2])[:, :, 0]
     outputs, normalizers = [], []
     for start, end in _blocks(q.shape[1], block):
-        scores = _scores(queries, keys, segment_ids, start, end)
+        scores = _scores(queries, keys, visibility, start, end)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -127,11 +144,11 @@ def _blocked_forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
         outputs.append((out / total).astype(q.dtype))
         normalizers.append((largest + jnp.log(total))[..., 0])
     out = _by_position(jnp.concatenate(outputs, axis=3))
-    return out, (q, k, v, segment_ids, out, jnp.concatenate(normalizers, axis=3))
+    return out, (q, k, v, visibility, out, jnp.concatenate(normalizers, axis=3))
 
 
 def _blocked_backward(block: int, saved, d_out: jax.Array):
-    q, k, v, segment_ids, out, normalizer = saved
+    q, k, v, visibility, out, normalizer = saved
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k, k.shape[2])[:, :, 0], _by_head(v, v.shape[2])[:, :, 0]
     d_outputs, outputs = _by_head(d_out, k.shape[2]), _by_head(out, k.shape[2])
     inner = jnp.sum(d_outputs.astype(jnp.float32) * outputs.astype(jnp.float32), axis=-1, keepdims=True)
@@ -140,7 +157,7 @@ def _blocked_backward(block: int, saved, d_out: jax.Array):
     d_keys, d_values = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for start, end in _blocks(q.shape[1], block):
         rows = (slice(None), slice(None), slice(None), slice(start, end))
-        scores = _scores(queries, keys, segment_ids, start, end)
+        scores = _scores(queries, keys, visibility, start, end)
         weights = jnp.exp(scores - normalizer[rows][..., None])
         d_weights = product("bkgth,bksh->bkgts", d_outputs[rows], values[:, :, :end])
         d_scores = (weights * (d_weights - inner[rows]) * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -160,12 +177,12 @@ def _blocks(length: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _scores(queries: jax.Array, keys: jax.Array, segment_ids: jax.Array, start: int, end: int) -> jax.Array:
+def _scores(queries: jax.Array, keys: jax.Array, visibility: Visibility, start: int, end: int) -> jax.Array:
     """Return the masked, scaled scores of one block of queries, float32 [B, K, G, end - start, end]."""
     scores = jnp.einsum(
         "bkgth,bksh->bkgts", queries[:, :, :, start:end], keys[:, :, :end], preferred_element_type=jnp.float32
     )
-    visible = block_mask(segment_ids, start, end)[:, None, None]
+    visible = block_mask(visibility, start, end)[:, None, None]
     return jnp.where(visible, scores * queries.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
 
@@ -181,7 +198,17 @@ def _by_position(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_kv_heads * group, head_dim)
 
 
-def block_mask(segment_ids: jax.Array, start: int, end: int) -> jax.Array:
+def block_mask(visibility: Visibility, start: int, end: int) -> jax.Array:
     """Return which keys the queries start..end-1 see: bool [B, end - start, end], as drawn at the top of this file."""
     causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-    return causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+    return causal & _reachable(visibility, slice(start, end), slice(end))
+
+
+def _reachable(visibility: Visibility, queries: slice, keys: slice) -> jax.Array:
+    """Return which keys each query may see, whatever their order: bool [B, queries, keys]."""
+    segments, branches = visibility
+    same_segment = segments[:, queries, None] == segments[:, None, keys]
+    if branches is None:
+        return same_segment
+    shared = branches[:, None, keys] == 0
+    return same_segment & (shared | (branches[:, queries, None] == branches[:, None, keys]))

@@ -18,10 +18,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from panda_jax.config import Compute, Model
-from panda_jax.model.attention import attend, choose_backend
+from panda_jax.model.attention import Visibility, attend, choose_backend
 from panda_jax.sharding import constrain
 
 Layer = dict[str, jax.Array]
+Angles = tuple[jax.Array, jax.Array]
 
 PRODUCT = "product with a weight"
 
@@ -62,11 +63,19 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = nnx.Param(_normal(head_key, (D, V), std), axes=("embed", "vocab"))
 
-    def hidden(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, compute: Compute) -> jax.Array:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        compute: Compute,
+        branch_ids: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the states after the final norm, [B, T, D] in compute.dtype.
 
         tokens, segment_ids, positions: int32 [B, T]; segment 0 is padding and positions restart at each segment.
-        Raises InputError when compute.attention names a backend that cannot be used here.
+        branch_ids: int32 [B, T], where a segment has alternative endings (attention.py); each one's positions go on
+        from the shared part. Raises InputError when compute.attention names a backend that cannot be used here.
         """
         config, dtype = self.config, jnp.dtype(compute.dtype)
         backend = choose_backend(config, compute, tokens.shape[1])
@@ -75,19 +84,12 @@ class Llama(nnx.Module):
         table = constrain(self.embed[...], ("vocab", None))
         x = constrain(table[tokens].astype(dtype), ("batch", "sequence", "embed"))
         angles = rotary_angles(positions, config)
+        visibility = Visibility(segment_ids, branch_ids)
 
         def block(x: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-            h = rms_norm(x, layer["attn_norm"], config.norm_eps)
-            q = rotate(project("btd,dnh->btnh", h, layer["wq"]), angles)
-            k = rotate(project("btd,dkh->btkh", h, layer["wk"]), angles)
-            v = project("btd,dkh->btkh", h, layer["wv"])
-            out = attend(q, k, v, segment_ids, backend, compute.attention_block)
-            x = x + project("btnh,nhd->btd", out, layer["wo"])
-            h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-            gate = project("btd,df->btf", h, layer["w_gate"])
-            up = project("btd,df->btf", h, layer["w_up"])
-            x = x + project("btf,fd->btd", jax.nn.silu(gate) * up, layer["w_down"])
-            return constrain(x, ("batch", "sequence", "embed")), None
+            q, k, v = queries_keys_values(x, layer, angles, config)
+            out = attend(q, k, v, visibility, backend, compute.attention_block)
+            return after_attention(x, out, layer, config), None
 
         x = _run_layers(_remat(block, compute), x, nnx.to_pure_dict(nnx.state(self.layers)), compute)
         return rms_norm(x, self.norm[...], config.norm_eps)
@@ -101,6 +103,24 @@ class Llama(nnx.Module):
         product = "btd,vd->btv" if self.config.tie_embeddings else "btd,dv->btv"
         table = self.output_table().astype(hidden.dtype)
         return jnp.einsum(product, hidden, table, preferred_element_type=jnp.float32)
+
+
+def queries_keys_values(x: jax.Array, layer: Layer, angles: Angles, config: Model) -> tuple[jax.Array, ...]:
+    """Return the layer's rotated queries [B, T, N, H] and keys [B, T, K, H], and its values [B, T, K, H]."""
+    h = rms_norm(x, layer["attn_norm"], config.norm_eps)
+    q = rotate(project("btd,dnh->btnh", h, layer["wq"]), angles)
+    k = rotate(project("btd,dkh->btkh", h, layer["wk"]), angles)
+    return q, k, project("btd,dkh->btkh", h, layer["wv"])
+
+
+def after_attention(x: jax.Array, out: jax.Array, layer: Layer, config: Model) -> jax.Array:
+    """Return the residual stream [B, T, D] behind the layer, given what its attention gave out [B, T, N, H]."""
+    x = x + project("btnh,nhd->btd", out, layer["wo"])
+    h = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+    gate = project("btd,df->btf", h, layer["w_gate"])
+    up = project("btd,df->btf", h, layer["w_up"])
+    x = x + project("btf,fd->btd", jax.nn.silu(gate) * up, layer["w_down"])
+    return constrain(x, ("batch", "sequence", "embed"))
 
 
 def project(product: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -140,7 +160,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale * weight).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, config: Model) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions: jax.Array, config: Model) -> Angles:
     """Return the cosines and sines of the rotary angles, float32 [B, T, 1, H/2], of positions [B, T].
 
     Frequency i is rope_theta^(-2i/H) (arXiv:2104.09864 §3.4.2). It is rounded to float32 in the same places as in the
@@ -152,7 +172,7 @@ def rotary_angles(positions: jax.Array, config: Model) -> tuple[jax.Array, jax.A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Return x [B, T, N, H] with component i of each head turned together with component i + H/2 (half-split RoPE).
 
     For H = 4 the pairs are (0, 2) and (1, 3). Meta's files pair (0, 1) and (2, 3): converters permute, not we.

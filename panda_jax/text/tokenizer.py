@@ -82,9 +82,18 @@ class Tokenizer:
             raise
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `ids`; BOS and EOS vanish, broken UTF-8 becomes U+FFFD, one leading space is dropped."""
-        return self._processor.decode([int(i) for i in ids])
+        """Return the text of `ids`; BOS and EOS vanish, broken UTF-8 becomes U+FFFD, one leading space is dropped.
+
+        Ids beyond the vocabulary, which a model has where tokenizer.extra_ids says so, have no text and vanish too.
+        """
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Return the vocabulary's piece for each id, with "▁" for a space and "<0xE4>" for a byte."""
         return [self._processor.id_to_piece(int(i)) for i in ids]
+
+    def byte_of(self, piece_id: int) -> int | None:
+        """Return the byte that this id stands for, or None where it is no byte piece."""
+        if piece_id >= self.vocab_size or not self._processor.is_byte(int(piece_id)):
+            return None
+        return int(self._processor.id_to_piece(int(piece_id))[3:5], 16)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
 from panda_jax.training import metrics, start
 from panda_jax.training import step as steps
+from panda_jax.training.scoring import TaskScores
 
 # How many steps may be dispatched before the oldest is looked at: enough to keep the devices busy, few enough that
 # batches do not pile up on them and that a non-finite gradient is reported at once.
@@ -38,11 +39,11 @@ def train(config: Config, resume: str) -> Path:
     Raises InputError for whatever the user can mend.
     """
     # ---- processes and devices -------------------------------------------------------------------------------------
-    configure_jax(config)
+    sharding.configure_jax(config.compute)
     sharding.start_processes(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     is_first = jax.process_index() == 0
-    say: Callable[[str], None] = print if is_first else _silent
+    say = sharding.say
     folder = Path(config.log.runs_dir) / config.name
 
     # ---- data: the first process has it prepared, then all open it --------------------------------------------------
@@ -69,10 +70,12 @@ def train(config: Config, resume: str) -> Path:
         sharding.by_first("run folder made", begin)
         recorder = metrics.Recorder(config, folder, first_step, writes=is_first)
         held_out_loss = HeldOut(config, step, plan, caches, recorder)
+        task_scores = TaskScores(config, mesh, tokenizer, recorder)
         with metrics.CompileReport(recorder.say):
             train_step = step.compile()
         if first_step == 0:
             held_out_loss.measure(state, 0)
+            task_scores.measure(state["parameters"], 0)
 
         # ---- steps -------------------------------------------------------------------------------------------------
         rows = sharding.local_rows(mesh, config.train.global_batch_size)
@@ -102,6 +105,10 @@ def train(config: Config, resume: str) -> Path:
                         watch.settle()
                         held_out_loss.measure(state, finished)
                         clock.restart(finished)
+                    if is_last or is_due(config.eval.every_steps, finished):
+                        watch.settle()
+                        task_scores.measure(state["parameters"], finished)
+                        clock.restart(finished)
                     if is_due(config.checkpoint.every_steps, finished) or finished in config.checkpoint.steps:
                         watch.settle()
                         saver.save(finished, state, run | {"step": finished}, tokenizer.model_bytes)
@@ -122,17 +129,6 @@ def train(config: Config, resume: str) -> Path:
             "run finished", lambda: say(closing_line(folder, finished, plan.num_steps, metrics.plot_loss(folder)))
         )
     return folder
-
-
-def configure_jax(config: Config) -> None:
-    """Make float32 mean float32 on every platform, and keep compiled programs across starts, small ones included."""
-    # Where it is not asked for, GPUs and TPUs multiply float32 in a format of 10 or 7 bits.
-    precision = "highest" if config.compute.dtype == "float32" else None
-    jax.config.update("jax_default_matmul_precision", precision)
-    if config.compute.compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compute.compilation_cache_dir).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def prepare_data(config: Config) -> None:
@@ -273,7 +269,3 @@ class StopRequest:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
-
-
-def _silent(_text: str) -> None:
-    pass

@@ -17,14 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from panda_jax import sharding
 from panda_jax.config import Adafactor, AdamW, Config, Lion, Optimizer, Schedule
-from panda_jax.config import Model as ModelConfig
 from panda_jax.errors import InputError
-from panda_jax.model.llama import Llama
+from panda_jax.model.parameters import Parameters
 from panda_jax.objectives import OBJECTIVES
 
 State = dict[str, Any]
@@ -32,34 +30,6 @@ Batch = dict[str, jax.Array]
 
 # Largest root mean square of an Adafactor update (arXiv:1804.04235 §6); the paper's constant, not a setting.
 ADAFACTOR_UPDATE_RMS = 1.0
-
-
-class Parameters:
-    """The model's parameters as a flat dict, and the way back to a module."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        module = nnx.eval_shape(lambda: Llama(config, jax.random.key(0)))
-        self._graphdef, state = nnx.split(module)
-        self._treedef = jax.tree.structure(state)
-        variables = nnx.to_flat_state(state)
-        self.names = tuple(".".join(map(str, path)) for path, _ in variables)
-        self.axes = {
-            name: variable.get_metadata("axes") for name, (_, variable) in zip(self.names, variables, strict=True)
-        }
-        leaves = jax.tree.leaves(state)
-        self.shapes = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in zip(self.names, leaves, strict=True)
-        }
-
-    def module(self, values: dict[str, jax.Array]) -> Llama:
-        """Return the module that holds the given arrays."""
-        return nnx.merge(self._graphdef, self._treedef.unflatten([values[name] for name in self.names]))
-
-    def initial(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Return random parameters; traceable, so that no device ever holds more than its shard."""
-        _, state = nnx.split(Llama(self._config, key))
-        return dict(zip(self.names, jax.tree.leaves(state), strict=True))
 
 
 @dataclass(frozen=True)

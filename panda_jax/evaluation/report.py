@@ -1,0 +1,261 @@
+"""The tables and the figure: models beside baselines, as in Panda's Table 4, each score with its 95 % interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from panda_jax.atomic import write_atomically
+from panda_jax.evaluation.exam import Exam, Record, hits
+from panda_jax.evaluation.prompts import prompt_hash
+from panda_jax.evaluation.questions import LETTERS
+from panda_jax.evaluation.statistics import Accuracy, Baselines, accuracy, averages, baselines, compare
+from panda_jax.evaluation.tasks import write_submission
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One model's judged answers to one exam."""
+
+    exam: Exam
+    records: Sequence[Record]
+    """As Exam.judge returns them, in the order of the questions."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of this exam, none where every answer is hidden; acc_norm where options differ in length."""
+        if not hits(self.records, "acc"):
+            return ()
+        has_lengths = any(len(set(record.get("lengths", ()))) > 1 for record in self.records)
+        return ("acc", "acc_norm") if has_lengths else ("acc",)
+
+    def accuracy(self, metric: str) -> Accuracy:
+        return accuracy(hits(self.records, metric))
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the questions: scores, averages over subjects, what was cut or could not be read."""
+        found: dict[str, Any] = {"num_questions": len(self.records)}
+        for metric in self.metrics:
+            score = self.accuracy(metric)
+            found[metric] = score.value
+            found[f"{metric}_95"] = [score.low, score.high]
+            found[f"{metric}_stderr"] = score.stderr
+        if self.exam.task.subjects and self.metrics:
+            by_subject = averages([self._subject(record) for record in self.records], hits(self.records, "acc"))
+            found |= {"micro": by_subject.micro, "macro": by_subject.macro}
+            found["by_subject"] = {name: score.value for name, score in by_subject.by_subject.items()}
+        if self.exam.protocol.kind == "generative":
+            found["unread"] = sum(record["prediction"] is None for record in self.records) / len(self.records)
+        found["truncated"] = sum(bool(record["truncated"]) for record in self.records)
+        return found
+
+    def _subject(self, record: Record) -> str:
+        return self.exam.questions[record["index"]].subject
+
+    def whole(self) -> dict[str, Any]:
+        """Return what was asked and answered, question by question, under the summary."""
+        asked = {"task": self.exam.task.name, "split": self.exam.split, "shots": self.exam.shots}
+        protocol = self.exam.protocol
+        asked |= {"protocol": protocol.name, "version": protocol.version}
+        asked |= {"prompt_sha256": prompt_hash(protocol, self.exam.task.name)}
+        return asked | self.summary() | {"questions": list(self.records)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in the table."""
+
+    label: str
+    step: int | None
+    sittings: Mapping[tuple[str, str], Sitting]
+    """(task, protocol) -> what it scored."""
+
+    @property
+    def folder_name(self) -> str:
+        return self.label.replace(" ", "-")
+
+
+def publish(rows: Sequence[Row], folder: Path, say: Callable[[str], None]) -> None:
+    """Print the tables and write everything under `folder`.
+
+    tables.md                          what is printed
+    <model>/<task>-<protocol>.json     the score, and every question's prompt, prediction and per-option scores
+    <model>/<task>-<protocol>-submission.json     where the answers are hidden: what the benchmark's site takes
+    scores.png                         the scores over the steps, where there are several
+    """
+    for row in rows:
+        for (task, protocol), sitting in row.sittings.items():
+            place = folder / row.folder_name / f"{task}-{protocol}"
+            write_json(place.with_suffix(".json"), sitting.whole())
+            if not sitting.metrics:
+                letters = [
+                    None if each["prediction"] is None else LETTERS[each["prediction"]] for each in sitting.records
+                ]
+                submission = place.with_name(f"{place.name}-submission.json")
+                write_submission(submission, sitting.exam.questions, letters)
+                say(f"{row.label}, {task}: the answers are not public; submit {submission}")
+    text = tables(rows)
+    write_atomically(folder / "tables.md", [text.encode() + b"\n"])
+    say(f"\n{text}\n\nwritten to {folder / 'tables.md'}")
+    if figure := plot_scores(rows, folder / "scores.png"):
+        say(f"figure {figure}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"])
+
+
+Column = tuple[str, str, str]
+"""(task, protocol, metric)."""
+
+
+def columns(rows: Sequence[Row], protocol: str) -> list[Column]:
+    """Return the columns of a protocol's table: its tasks, each with its metrics."""
+    found: dict[Column, None] = {}
+    for row in rows:
+        for (task, own), sitting in row.sittings.items():
+            if own == protocol:
+                found |= {(task, protocol, metric): None for metric in sitting.metrics}
+    return list(found)
+
+
+def protocols(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(protocol for row in rows for _, protocol in row.sittings))
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Return every table and remark as Markdown, which reads as well on a screen."""
+    parts = []
+    for protocol in protocols(rows):
+        own = columns(rows, protocol)
+        if own:
+            parts += [f"### {describe(rows, protocol)}", _table(rows, own)]
+            parts += [
+                "\n".join(remarks) for remarks in [list(_remarks(rows, protocol)), _differences(rows, own)] if remarks
+            ]
+    return "\n\n".join(parts)
+
+
+def describe(rows: Sequence[Row], protocol: str) -> str:
+    """Return e.g. `protocol likelihood, version 1: LogiQA-v2 test 0-shot, C3-d test 0-shot`."""
+    exams = {task: sitting.exam for row in rows for (task, own), sitting in row.sittings.items() if own == protocol}
+    asked = ", ".join(f"{exam.task.title} {exam.split} {exam.shots}-shot" for exam in exams.values())
+    version = next(iter(exams.values())).protocol.version
+    return f"protocol {protocol}, version {version}: {asked}"
+
+
+def _table(rows: Sequence[Row], own: Sequence[Column]) -> str:
+    head = ["model", *(_title(rows, column) for column in own)]
+    body = [[row.label, *(_cell(row, column) for column in own)] for row in rows]
+    known = [_baselines(rows, column) for column in own]
+    body.append(["random", *(f"{100 * each.uniform:.2f}" for each in known)])
+    body.append(["one letter", *(f"{100 * each.letters[each.majority]:.2f} ({each.majority})" for each in known)])
+    body.append(["longest option", *(f"{100 * each.longest:.2f}" for each in known)])
+    return aligned([head, *body])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of `lines`, the first its head, with columns that line up in a fixed-width font."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def written(line: Sequence[str]) -> str:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    text = [written(lines[0]), rule, *map(written, lines[1:])]
+    return "\n".join(text)
+
+
+def _title(rows: Sequence[Row], column: Column) -> str:
+    task, protocol, metric = column
+    title = next(row.sittings[task, protocol].exam.task.title for row in rows if (task, protocol) in row.sittings)
+    return title if metric == "acc" else f"{title} norm"
+
+
+def _cell(row: Row, column: Column) -> str:
+    """Return e.g. `31.93 ±2.3`: the score, and half its interval, in points."""
+    task, protocol, metric = column
+    sitting = row.sittings.get((task, protocol))
+    if sitting is None:
+        return "-"
+    score = sitting.accuracy(metric)
+    return f"{100 * score.value:.2f} ±{50 * (score.high - score.low):.1f}"
+
+
+def _baselines(rows: Sequence[Row], column: Column) -> Baselines:
+    task, protocol, _ = column
+    return baselines(
+        next(row.sittings[task, protocol] for row in rows if (task, protocol) in row.sittings).exam.questions
+    )
+
+
+def _remarks(rows: Sequence[Row], protocol: str) -> Iterator[str]:
+    """Yield a line for what a score hides: answers without a letter, prompts that were cut, averages over subjects."""
+    for row in rows:
+        for (task, own), sitting in row.sittings.items():
+            if own != protocol:
+                continue
+            found = sitting.summary()
+            if "macro" in found:
+                yield (
+                    f"- {row.label}, {task}: {100 * found['macro']:.2f} as the mean over "
+                    f"{len(found['by_subject'])} subjects (the table counts every question the same)"
+                )
+            if found.get("unread"):
+                unread = f"{100 * found['unread']:.1f} %"
+                yield f"- {row.label}, {task}: no letter in {unread} of the answers; they count as wrong"
+            if found["truncated"]:
+                yield f"- {row.label}, {task}: prompts longer than the context, cut on the left: {found['truncated']}"
+
+
+def _differences(rows: Sequence[Row], own: Sequence[Column]) -> list[str]:
+    """Return how every model differs from the first one, on the same questions."""
+    lines = []
+    first, *others = rows
+    for row in others:
+        for task, protocol, metric in own:
+            pair = [each.sittings.get((task, protocol)) for each in (first, row)]
+            if pair[0] is None or pair[1] is None or pair[0].exam.questions != pair[1].exam.questions:
+                continue
+            found = compare(hits(pair[0].records, metric), hits(pair[1].records, metric))
+            lines.append(
+                f"- {row.label} - {first.label}, {_title(rows, (task, protocol, metric))}: "
+                f"{100 * found.difference:+.2f} points (95 %: {100 * found.low:+.1f} to {100 * found.high:+.1f}; "
+                f"McNemar p = {found.p_value:.2g})"
+            )
+    return lines
+
+
+def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
+    """Draw the scores over the steps of a sweep, chance as dotted lines; None where fewer than two rows have a step."""
+    import matplotlib.figure
+
+    swept = sorted((row for row in rows if row.step is not None), key=lambda row: row.step or 0)
+    if len({row.step for row in swept}) < 2:
+        return None
+    names = protocols(swept)
+    figure = matplotlib.figure.Figure(figsize=(5.2 * len(names), 4), layout="constrained")
+    for axes, protocol in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for number, column in enumerate(columns(swept, protocol)):
+            scores = [row.sittings[column[:2]].accuracy(column[2]) for row in swept]
+            steps, values = [row.step for row in swept], [100 * score.value for score in scores]
+            errors = [
+                [100 * (score.value - score.low) for score in scores],
+                [100 * (score.high - score.value) for score in scores],
+            ]
+            axes.errorbar(steps, values, errors, marker="o", capsize=3, color=f"C{number}", label=_title(swept, column))
+            axes.axhline(100 * _baselines(swept, column).uniform, color=f"C{number}", linestyle=":", linewidth=1)
+        axes.set(title=protocol, xlabel="step", ylabel="right answers, %")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

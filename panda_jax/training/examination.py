@@ -1,0 +1,121 @@
+"""Exams for models on disk: which ones, each loaded only if it has questions left, and their answers kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from panda_jax import sharding
+from panda_jax.config import Compute
+from panda_jax.config import Mesh as MeshConfig
+from panda_jax.errors import InputError
+from panda_jax.evaluation.candidate import Candidate
+from panda_jax.evaluation.exam import Exam
+from panda_jax.evaluation.report import Row, Sitting
+from panda_jax.evaluation.results import Answers
+from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training.load import find, open_model, place
+
+
+@dataclass(frozen=True)
+class Examinee:
+    """A row of the table before it is scored."""
+
+    label: str
+    """What the table calls it."""
+    step: int | None
+    source: Path
+    """The checkpoint or weights folder."""
+
+
+def find_models(
+    given: Sequence[Path], steps: str | None, cache_dir: Path, say: Callable[[str], None]
+) -> list[Examinee]:
+    """Return what is to be scored: each path, or each of its `steps` ("3000,6000" or "all") where it is a run.
+
+    Raises InputError where a path holds no model, a step is not there, or two rows would have the same name.
+    """
+    found = [examinee for path in given for examinee in _of_path(path, steps, cache_dir, say)]
+    labels = [examinee.label for examinee in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            places = " and ".join(str(examinee.source) for examinee in found if examinee.label == label)
+            raise InputError(f"--checkpoint: {places} are both called {label!r}; rename one folder")
+    return found
+
+
+def _of_path(path: Path, steps: str | None, cache_dir: Path, say: Callable[[str], None]) -> Iterator[Examinee]:
+    if steps is None:
+        source = find(path, cache_dir, say)
+        if source.name.isdigit() and source.parent.name == "checkpoints":
+            yield Examinee(f"{source.parent.parent.name} step {source.name}", int(source.name), source)
+        else:
+            yield Examinee(path.resolve().name, None, source)
+        return
+    there = checkpoints.committed_steps(path / "checkpoints")
+    wanted = there if steps == "all" else [_step(step, steps) for step in steps.split(",")]
+    for step in wanted:
+        if step not in there:
+            raise InputError(f"--steps {step}: {path} has the steps {', '.join(map(str, there)) or 'none'}")
+        source = checkpoints.resolve(str(path / "checkpoints" / str(step)))
+        yield Examinee(f"{path.resolve().name} step {step}", step, source)
+    if not wanted:
+        raise InputError(f"--steps {steps}: {path} has no checkpoint; give a run folder")
+
+
+def _step(text: str, steps: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"--steps {steps}: expected numbers with commas between them, or all")
+    return int(text)
+
+
+def examine(
+    examinees: Sequence[Examinee],
+    exams: Sequence[Exam],
+    compute: Compute,
+    mesh_config: MeshConfig,
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Put every exam to every model and return the rows of the table; answers are kept under folder/answers."""
+    rows = []
+    for examinee in examinees:
+        opened = open_model(examinee.source)
+        # Protocols that ask alike share one file, and so one entry here.
+        by_identity = {
+            json.dumps(identity): Answers(folder / "answers", identity)
+            for identity in (exam.identity(opened.fingerprint, compute.dtype) for exam in exams)
+        }
+        answers = [by_identity[json.dumps(exam.identity(opened.fingerprint, compute.dtype))] for exam in exams]
+        rest = sum(len(own.missing()) for own in by_identity.values())
+        if sharding.first_decides(rest > 0):
+            say(f"{examinee.label}: {rest:,} questions to ask")
+            mesh, parameters = place(opened, compute, mesh_config)
+            candidate = Candidate(opened.weights.model, parameters, compute, mesh, opened.tokenizer)
+            for exam, own in zip(exams, answers, strict=True):
+                with progress_bar(f"{exam.task.name} {exam.protocol.name}", len(exam.questions)) as progress:
+                    candidate.sit(exam, own, progress)
+        sittings = {
+            (exam.task.name, exam.protocol.name): Sitting(exam, [exam.judge(record) for record in own.in_order()])
+            for exam, own in zip(exams, answers, strict=True)
+        }
+        rows.append(Row(examinee.label, examinee.step, sittings))
+    return rows
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show questions done and time left, on a terminal only; yields what takes the number that are done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal or jax.process_index() > 0
+    with Progress(*columns, console=console, disable=hidden) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.update(task, completed=done)
