@@ -1,5 +1,5 @@
 """A short run of the installed package: every module imports, a sharded step trains, a checkpoint round-trips, and is
-exported and imported by the checkout's converters without torch.
+exported and imported by the checkout's converters without torch, scored and asked to write.
 
 Run as a script, so that it needs no test runner: `.ci/run` starts it on the newest Python of the machine, with the core
 dependencies alone, from a folder that is not the checkout.
@@ -83,6 +83,37 @@ def convert(folder: Path) -> str:
     return printed
 
 
+def ask(folder: Path) -> str:
+    """Score the run's checkpoint and the imported weights on one question, continue a text, and return the table."""
+    question = {"question": "青石镇的人们吃什么？", "choice": ["米饭", "石头和木头"], "answer": "米饭"}
+    (folder / "c3-d-test.json").write_text(json.dumps([[["第0天，青石镇的人们吃米饭。"], [question], "1"]]), "utf-8")
+    doors = (
+        ("evaluate", "--checkpoint", "runs/smoke", "imported", "--tasks", "c3-d", "--data", "."),
+        (
+            "generate",
+            "--checkpoint",
+            "imported",
+            "--prompt",
+            "青石镇",
+            "--max-new-tokens",
+            "4",
+            "--output",
+            "text.jsonl",
+        ),
+    )
+    printed = []
+    for door, *arguments in doors:
+        command = [sys.executable, "-m", f"panda_jax.{door}", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"the door {door} exited with {done.returncode}:\n{done.stdout}{done.stderr}")
+        printed.append(done.stdout)
+    found = [json.loads(path.read_text("utf-8")) for path in (folder / "evaluations").glob("*/c3-d-likelihood.json")]
+    assert len(found) == 2 and found[0] == found[1], found
+    assert len(json.loads((folder / "text.jsonl").read_text("utf-8"))["ids"]) <= 4
+    return printed[0]
+
+
 def main() -> None:
     """Raise or exit with a message for the first thing that does not work."""
     num_modules = import_everything()
@@ -98,6 +129,7 @@ def main() -> None:
         resumed = train(folder, "2")[-1]
         assert (resumed["step"], resumed["loss"]) == (3, straight[3]), (resumed, straight)
         print(convert(folder), end="")
+        print(ask(folder), end="")
     print(
         f"3 steps on 2 x 2 x 2 devices, loss {straight[1]:.3f} to {straight[3]:.3f}; step 3 again after a resume: equal"
     )

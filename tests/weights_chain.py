@@ -4,10 +4,12 @@
 
 Runs the commands of the README word for word, then asks transformers and the safetensors library, which share no code
 with the converters, whether the exported model loads and writes, and whether the restored tensors equal the exported.
+The real weights then write and are scored by our own doors, from two formats with one result.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -83,6 +85,22 @@ python -m convert.delta apply --base {source} --delta stories-delta --output sto
     written = write_on(Path("stories-hf"), "", 60)
     assert written.startswith(expected[1]), written
     print(f"transformers writes the story that the data's README quotes: {expected[1]!r}")
+    Path("begin.txt").write_text("Once upon a time\n", "utf-8")
+    shell(f"""
+python -m panda_jax.generate --checkpoint stories --prompts begin.txt --max-new-tokens 60 --output story.jsonl
+python -m panda_jax.evaluate --checkpoint stories stories-hf --tasks logiqa2,c3-d,c3-m --data {DATA / "eval"} \\
+    --limit 10 --strict
+""")
+    story = json.loads(Path("story.jsonl").read_text("utf-8"))
+    assert (story["prompt"] + story["text"]).startswith(expected[1]), story
+    print("and so do we")
+    for task in ("logiqa2", "c3-d", "c3-m"):
+        one, other = (
+            json.loads(Path("evaluations", model, f"{task}-likelihood.json").read_text("utf-8"))["questions"]
+            for model in ("stories", "stories-hf")
+        )
+        assert len(one) == 10
+        assert [question["loglikelihoods"] for question in one] == [question["loglikelihoods"] for question in other]
 
 
 if __name__ == "__main__":

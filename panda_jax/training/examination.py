@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from panda_jax.evaluation.report import Row, Sitting
 from panda_jax.evaluation.results import Answers
 from panda_jax.training import checkpoint as checkpoints
 from panda_jax.training.load import find, open_model, place
+
+LINE_EVERY_S = 30
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,27 @@ def examine(
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show questions done and time left, on a terminal only; yields what takes the number that are done."""
+    """Show questions done and time left: a bar on a terminal, elsewhere a line now and then.
+
+    Yields what takes the number of questions that are done.
+    """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(title, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal or jax.process_index() > 0
-    with Progress(*columns, console=console, disable=hidden) as progress:
+    with Progress(*columns, console=console, disable=jax.process_index() > 0) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+class _Lines:
+    """Prints how far a task is, every LINE_EVERY_S seconds."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._told = title, total, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self._told > LINE_EVERY_S:
+            self._told = time.monotonic()
+            sharding.say(f"{self._title}: {done:,} of {self._total:,}")
