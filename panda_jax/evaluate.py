@@ -48,7 +48,8 @@ def parser() -> Parser:
     )  # fmt: skip
     result.add_argument("--tasks", required=True, metavar="T,T", help=f"any of {', '.join(TASKS)}")
     result.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder with the tasks' official files")
-    result.add_argument("--protocol", default="likelihood", metavar="P,P", help=f"any of {', '.join(PROTOCOLS)}")
+    known = f"any of {', '.join(PROTOCOLS)} (default: likelihood)"
+    result.add_argument("--protocol", default="likelihood", metavar="P,P", help=known)
     result.add_argument("--steps", metavar="N,N", help="steps of a run, or `all` it has kept (default: its newest)")
     result.add_argument("--split", help="default: the task's own, test or C-Eval's val")
     result.add_argument(

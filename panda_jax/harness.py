@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
+from panda_jax import sharding
 from panda_jax.config import Compute, Mesh
 from panda_jax.errors import InputError
 from panda_jax.evaluation.likelihood import Scorer
 from panda_jax.evaluation.prompts import ChoiceRequest
 from panda_jax.evaluation.rows import Option
-from panda_jax.generation.decode import Generator
+from panda_jax.generation.decode import Generator, decoding
 from panda_jax.generation.sampling import Sampling
 from panda_jax.training.load import load
 
@@ -34,7 +35,7 @@ def model_class() -> type:
         base = import_module("lm_eval.api.model").LM
     except ImportError as error:
         raise InputError(
-            f"lm-evaluation-harness cannot be imported ({error}); install it with pip install 'panda-jax[lm-eval]'"
+            f"lm-evaluation-harness cannot be imported ({error}); install the [lm-eval] extra of panda_jax"
         ) from error
     return type("PandaJax", (Answers, base), {})
 
@@ -75,11 +76,12 @@ class Answers:
         if dtype not in ("bfloat16", "float32"):
             raise InputError(f"--model_args: dtype={dtype}, expected bfloat16 or float32")
         compute = Compute(dtype=dtype)
+        sharding.configure_jax(compute)
         mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor, zero=3 if zero == 3 else 1)
         loaded = load(Path(checkpoint), compute, mesh, Path(cache), Console(stderr=True).print)
         self._loaded, self._seed = loaded, seed
         self._scorer = Scorer(loaded.model, loaded.parameters, compute, loaded.mesh, loaded.tokenizer)
-        self._generator = Generator(loaded.model, loaded.parameters, compute, loaded.mesh)
+        self._generator = Generator(loaded.model, loaded.parameters, decoding(compute, loaded.mesh), loaded.mesh)
 
     @property
     def tokenizer_name(self) -> str:

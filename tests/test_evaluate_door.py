@@ -70,13 +70,13 @@ def uniform(tmp_path_factory, tokenizer_model) -> Path:
     return model_folder(tmp_path_factory.mktemp("models") / "uniform", tokenizer_model, None)
 
 
-def run(*arguments: object) -> int:
+def evaluate(*arguments: object) -> int:
     return exit_status(main, [str(argument) for argument in arguments])
 
 
 def test_a_uniform_model_prefers_the_option_of_fewest_tokens(uniform, data, tmp_path, tokenizer_model, capsys):
     """Every token costs ln V, so a sum is -n ln V; the harness's rule divides it by the option's characters."""
-    status = run("--checkpoint", uniform, "--tasks", "c3-d", "--data", data, "--output", tmp_path)
+    status = evaluate("--checkpoint", uniform, "--tasks", "c3-d", "--data", data, "--output", tmp_path)
     assert status == 0
     found = json.loads((tmp_path / "uniform" / "c3-d-likelihood.json").read_text("utf-8"))
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
@@ -104,29 +104,29 @@ def test_answers_outlive_a_kill(uniform, data, tmp_path, tokenizer_model, capsys
     """A file cut within its fourth answer keeps three, and the rerun gives the same scores to the last byte."""
     random = model_folder(tmp_path / "random", tokenizer_model, 3)
     ask = ("--checkpoint", random, uniform, "--tasks", "c3-d", "--data", data, "--protocol", "likelihood,panda")
-    assert run(*ask, "--output", tmp_path / "whole") == 0
-    assert run(*ask, "--output", tmp_path / "cut") == 0
+    assert evaluate(*ask, "--output", tmp_path / "whole") == 0
+    assert evaluate(*ask, "--output", tmp_path / "cut") == 0
     for path in (tmp_path / "cut" / "answers").iterdir():
         lines = path.read_bytes().splitlines(keepends=True)
         assert len(lines) == 7
         path.write_bytes(b"".join(lines[:4]) + lines[4][:9])
     (tmp_path / "cut" / "random" / "c3-d-likelihood.json").unlink()
     capsys.readouterr()
-    assert run(*ask, "--output", tmp_path / "cut") == 0
+    assert evaluate(*ask, "--output", tmp_path / "cut") == 0
     assert "random: 6 questions to ask" in capsys.readouterr().out
     for model in ("random", "uniform"):
         for name in ("c3-d-likelihood.json", "c3-d-panda.json"):
             whole, cut = ((tmp_path / place / model / name).read_bytes() for place in ("whole", "cut"))
             assert whole == cut
     capsys.readouterr()
-    assert run(*ask, "--output", tmp_path / "cut") == 0
+    assert evaluate(*ask, "--output", tmp_path / "cut") == 0
     assert "questions to ask" not in capsys.readouterr().out
 
 
 def test_two_extractors_read_the_same_answers(uniform, data, tmp_path, capsys):
     """The likeliest of equals is id 0, `<unk>`, which is no letter: nothing is right, and the table says why."""
     ask = ("--checkpoint", uniform, "--tasks", "c3-d", "--data", data, "--output", tmp_path, "--limit", 3)
-    assert run(*ask, "--protocol", "panda,panda-strict") == 0
+    assert evaluate(*ask, "--protocol", "panda,panda-strict") == 0
     assert len(list((tmp_path / "answers").iterdir())) == 1
     printed = capsys.readouterr().out
     assert "uniform, c3-d: no letter in 100.0 % of the answers" in printed
@@ -139,7 +139,7 @@ def test_prompts_beyond_the_context_are_cut_on_the_left_and_counted(uniform, dat
     long = [[[PASSAGE * 60], [{"question": "问", "choice": ["是", "不是"], "answer": "是"}], "x"]]
     (tmp_path / "c3-d-test.json").write_text(json.dumps(long, ensure_ascii=False), "utf-8")
     ask = ("--checkpoint", uniform, "--tasks", "c3-d", "--data", tmp_path, "--output", tmp_path / "out")
-    assert run(*ask, "--protocol", "likelihood,panda") == 0
+    assert evaluate(*ask, "--protocol", "likelihood,panda") == 0
     printed = capsys.readouterr().out
     assert printed.count("uniform, c3-d: prompts longer than the context, cut on the left: 1") == 2
 
@@ -147,6 +147,8 @@ def test_prompts_beyond_the_context_are_cut_on_the_left_and_counted(uniform, dat
 def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model, capsys):
     bare = model_folder(tmp_path / "bare", tokenizer_model, 1)
     (bare / "tokenizer.model").unlink()
+    run = tmp_path / "run"
+    (run / "checkpoints" / "5").mkdir(parents=True)
     cases = {
         ("--tasks", "c3-x"): "task: no task is called 'c3-x' (did you mean 'c3-m'?)",
         ("--tasks", "c3-d,c3-d"): "--tasks c3-d,c3-d: expected names with commas between them, each once",
@@ -155,8 +157,10 @@ def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model,
         ("--split", "tset"): "c3-d: no split is called 'tset'; choose one of train, dev, test",
         ("--split", "dev", "--shots", "2"): "the examples of a few-shot prompt are the first questions of 'dev'",
         ("--strict",): "--strict takes the published files alone",
-        ("--steps", "7"): "--steps 7: ",
-        ("--steps", "x"): "--steps x: expected numbers with commas between them, or all",
+        ("--steps", "7"): "uniform has no checkpoints; give the folder of a run",
+        ("--steps", "x", "--checkpoint", run): "--steps x: expected numbers with commas between them, or all",
+        ("--steps", "7", "--checkpoint", run): "--steps 7: ",
+        ("--steps", "all", "--checkpoint", run): "has no complete checkpoint yet",
         ("--limit", "-1"): "argument --limit: invalid natural value: '-1'",
         ("--checkpoint", tmp_path / "nowhere"): "nowhere: no such folder",
         ("--checkpoint", bare): "bare: has no tokenizer.model",
@@ -173,7 +177,7 @@ def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model,
                 options[name] = []
             else:
                 options[name].append(word)
-        status = run(*[word for name, values in options.items() for word in (name, *values)])
+        status = evaluate(*[word for name, values in options.items() for word in (name, *values)])
         told = capsys.readouterr().err
         assert status == 2 and expected in told and told.count("\n") == 1, (changed, status, told)
     assert not (tmp_path / "o" / "tables.md").exists()

@@ -57,7 +57,7 @@ def test_a_run_scores_its_tasks_and_the_sweep_agrees(tmp_path):
         assert found["acc"] == scores[step]
         assert f"| tiny step {step} " in printed
     assert (tmp_path / "sweep" / "scores.png").stat().st_size > 10_000
-    assert "tiny step 20 - tiny step 8, C3-d: " in printed
+    assert "| minus tiny step 8 |" in printed
 
     outputs = [tiny_run.finish(process) for process in start_processes(2, 1, *sweep, str(tmp_path / "two"))]
     assert "tables.md" in outputs[0] and "tables.md" not in outputs[1]

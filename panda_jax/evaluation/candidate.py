@@ -69,10 +69,7 @@ class Candidate:
 
     def _write(self, exam: Exam, indices: Sequence[int]) -> Iterator[Record]:
         assert exam.protocol.max_new_tokens is not None
-        greedy = Sampling(
-            max_new_tokens=exam.protocol.max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            seed=0, stop_ids=(),
-        )  # fmt: skip
+        greedy = Sampling.greedy(exam.protocol.max_new_tokens, stop_ids=())
         prompts = {index: self._cut(exam, exam.prompt(index)) for index in indices}
         # The longest first: a batch holds prompts of like length, and what is left to do gets faster.
         order = sorted(indices, key=lambda index: -len(prompts[index][0]))

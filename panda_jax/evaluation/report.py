@@ -70,8 +70,14 @@ class Row:
 
     label: str
     step: int | None
+    """The step of a run's checkpoint."""
     sittings: Mapping[tuple[str, str], Sitting]
     """(task, protocol) -> what it scored."""
+
+    @property
+    def run(self) -> str:
+        """What the rows of one run share."""
+        return self.label.removesuffix(f" step {self.step}")
 
     @property
     def folder_name(self) -> str:
@@ -131,13 +137,10 @@ def tables(rows: Sequence[Row]) -> str:
     """Return every table and remark as Markdown, which reads as well on a screen."""
     parts = []
     for protocol in protocols(rows):
-        own = columns(rows, protocol)
-        if own:
-            parts += [f"### {describe(rows, protocol)}", _table(rows, own)]
-            parts += [
-                "\n".join(remarks) for remarks in [list(_remarks(rows, protocol)), _differences(rows, own)] if remarks
-            ]
-    return "\n\n".join(parts)
+        if own := columns(rows, protocol):
+            remarks = "\n".join(_remarks(rows, protocol))
+            parts += [f"### {describe(rows, protocol)}", _table(rows, own), remarks, _differences(rows, own)]
+    return "\n\n".join(filter(None, parts))
 
 
 def describe(rows: Sequence[Row], protocol: str) -> str:
@@ -216,46 +219,57 @@ def _remarks(rows: Sequence[Row], protocol: str) -> Iterator[str]:
                 yield f"- {row.label}, {task}: prompts longer than the context, cut on the left: {found['truncated']}"
 
 
-def _differences(rows: Sequence[Row], own: Sequence[Column]) -> list[str]:
-    """Return how every model differs from the first one, on the same questions."""
-    lines = []
+def _differences(rows: Sequence[Row], own: Sequence[Column]) -> str:
+    """Return the table of how every model differs from the first one on the same questions; "" for one model."""
     first, *others = rows
-    for row in others:
-        for task, protocol, metric in own:
-            pair = [each.sittings.get((task, protocol)) for each in (first, row)]
-            if pair[0] is None or pair[1] is None or pair[0].exam.questions != pair[1].exam.questions:
-                continue
-            found = compare(hits(pair[0].records, metric), hits(pair[1].records, metric))
-            lines.append(
-                f"- {row.label} - {first.label}, {_title(rows, (task, protocol, metric))}: "
-                f"{100 * found.difference:+.2f} points (95 %: {100 * found.low:+.1f} to {100 * found.high:+.1f}; "
-                f"McNemar p = {found.p_value:.2g})"
-            )
-    return lines
+    if not others:
+        return ""
+    head = [f"minus {first.label}", *(_title(rows, column) for column in own)]
+    body = [[row.label, *(_difference(first, row, column) for column in own)] for row in others]
+    legend = "In points, with the 95 % interval and the p-value of McNemar's exact test."
+    return f"{aligned([head, *body])}\n\n{legend}"
+
+
+def _difference(first: Row, other: Row, column: Column) -> str:
+    """Return e.g. `+25.00 (+14.4 to +34.9) p 9e-06`; "-" where the two were not asked the same."""
+    task, protocol, metric = column
+    one, two = first.sittings.get((task, protocol)), other.sittings.get((task, protocol))
+    if one is None or two is None or one.exam.questions != two.exam.questions:
+        return "-"
+    found = compare(hits(one.records, metric), hits(two.records, metric))
+    interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return f"{100 * found.difference:+.2f} ({interval}) p {found.p_value:.1g}"
 
 
 def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
-    """Draw the scores over the steps of a sweep, chance as dotted lines; None where fewer than two rows have a step."""
+    """Draw the scores over the steps, a line per run, chance as dotted lines; None where no run has two steps."""
     import matplotlib.figure
 
-    swept = sorted((row for row in rows if row.step is not None), key=lambda row: row.step or 0)
-    if len({row.step for row in swept}) < 2:
+    runs: dict[str, list[Row]] = {}
+    for row in sorted((row for row in rows if row.step is not None), key=lambda row: row.step or 0):
+        runs.setdefault(row.run, []).append(row)
+    runs = {run: own for run, own in runs.items() if len(own) > 1}
+    if not runs:
         return None
-    names = protocols(swept)
-    figure = matplotlib.figure.Figure(figsize=(5.2 * len(names), 4), layout="constrained")
+    names = protocols([row for own in runs.values() for row in own])
+    figure = matplotlib.figure.Figure(figsize=(5.2 * len(names), 4.2), layout="constrained")
     for axes, protocol in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for number, column in enumerate(columns(swept, protocol)):
-            scores = [row.sittings[column[:2]].accuracy(column[2]) for row in swept]
-            steps, values = [row.step for row in swept], [100 * score.value for score in scores]
-            errors = [
-                [100 * (score.value - score.low) for score in scores],
-                [100 * (score.high - score.value) for score in scores],
-            ]
-            axes.errorbar(steps, values, errors, marker="o", capsize=3, color=f"C{number}", label=_title(swept, column))
-            axes.axhline(100 * _baselines(swept, column).uniform, color=f"C{number}", linestyle=":", linewidth=1)
+        for number, (run, own) in enumerate(runs.items()):
+            for column, marker in zip(columns(own, protocol), "osD^v<>P", strict=False):
+                scores = [row.sittings[column[:2]].accuracy(column[2]) for row in own]
+                below = [100 * (score.value - score.low) for score in scores]
+                above = [100 * (score.high - score.value) for score in scores]
+                label = f"{run}, {_title(own, column)}" if len(runs) > 1 else _title(own, column)
+                colour = f"C{number}" if len(runs) > 1 else None
+                line = axes.errorbar(
+                    [row.step for row in own], [100 * score.value for score in scores], [below, above],
+                    marker=marker, markersize=4, capsize=2, linewidth=1.2, color=colour, label=label,
+                )  # fmt: skip
+                chance = 100 * _baselines(own, column).uniform
+                axes.axhline(chance, color=line.lines[0].get_color(), linestyle=":", linewidth=1)
         axes.set(title=protocol, xlabel="step", ylabel="right answers, %")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

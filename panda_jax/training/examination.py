@@ -45,7 +45,12 @@ def find_models(
 
     Raises InputError where a path holds no model, a step is not there, or two rows would have the same name.
     """
-    found = [examinee for path in given for examinee in _of_path(path, steps, cache_dir, say)]
+    runs = [path for path in given if steps is not None and (path / "checkpoints").is_dir()]
+    if steps is not None and not runs:
+        raise InputError(f"--steps {steps}: {given[0]} has no checkpoints; give the folder of a run")
+    found: list[Examinee] = []
+    for path in given:
+        found += _steps_of(path, steps) if steps is not None and path in runs else [_whole(path, cache_dir, say)]
     labels = [examinee.label for examinee in found]
     for label in labels:
         if labels.count(label) > 1:
@@ -54,23 +59,24 @@ def find_models(
     return found
 
 
-def _of_path(path: Path, steps: str | None, cache_dir: Path, say: Callable[[str], None]) -> Iterator[Examinee]:
-    if steps is None:
-        source = find(path, cache_dir, say)
-        if source.name.isdigit() and source.parent.name == "checkpoints":
-            yield Examinee(f"{source.parent.parent.name} step {source.name}", int(source.name), source)
-        else:
-            yield Examinee(path.resolve().name, None, source)
-        return
-    there = checkpoints.committed_steps(path / "checkpoints")
-    wanted = there if steps == "all" else [_step(step, steps) for step in steps.split(",")]
-    for step in wanted:
+def _whole(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Examinee:
+    source = find(path, cache_dir, say)
+    if source.name.isdigit() and source.parent.name == "checkpoints":
+        return Examinee(f"{source.parent.parent.name} step {source.name}", int(source.name), source)
+    return Examinee(path.resolve().name, None, source)
+
+
+def _steps_of(run: Path, steps: str) -> list[Examinee]:
+    there = checkpoints.committed_steps(run / "checkpoints")
+    found = []
+    for step in there if steps == "all" else [_step(text, steps) for text in steps.split(",")]:
         if step not in there:
-            raise InputError(f"--steps {step}: {path} has the steps {', '.join(map(str, there)) or 'none'}")
-        source = checkpoints.resolve(str(path / "checkpoints" / str(step)))
-        yield Examinee(f"{path.resolve().name} step {step}", step, source)
-    if not wanted:
-        raise InputError(f"--steps {steps}: {path} has no checkpoint; give a run folder")
+            raise InputError(f"--steps {step}: {run} has the steps {', '.join(map(str, there)) or 'none'}")
+        source = checkpoints.resolve(str(run / "checkpoints" / str(step)))
+        found.append(Examinee(f"{run.resolve().name} step {step}", step, source))
+    if not found:
+        raise InputError(f"--steps {steps}: {run} has no complete checkpoint yet")
+    return found
 
 
 def _step(text: str, steps: str) -> int:
