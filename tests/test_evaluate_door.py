@@ -141,7 +141,11 @@ def test_prompts_beyond_the_context_are_cut_on_the_left_and_counted(uniform, dat
     ask = ("--checkpoint", uniform, "--tasks", "c3-d", "--data", tmp_path, "--output", tmp_path / "out")
     assert evaluate(*ask, "--protocol", "likelihood,panda") == 0
     printed = capsys.readouterr().out
-    assert printed.count("uniform, c3-d: prompts longer than the context, cut on the left: 1") == 2
+    assert "- uniform, c3-d: prompts cut, beyond the context at their beginning: 1\n" in printed
+    assert (
+        "prompts cut, beyond 2,048 tokens at their end, as published, or beyond the context at their beginning: 1"
+        in printed
+    )
 
 
 def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model, capsys):

@@ -63,7 +63,7 @@ def test_a_table_like_table_4():
     # Bonett and Price: p = 1/6, q = 3/6, 1/3 ± 1.96 sqrt((2/3 - 1/9) / 6) = 0.333 ± 0.596.
     assert "| model step 20       | +50.00 (-26.3 to +93.0) p 0.5 | +50.00 (-26.3 to +93.0) p 0.5 |" in lines
     assert "| minus model step 10 |                          C3-d |                     C3-d norm |" in lines
-    assert lines.count("- model step 20, c3-d: prompts longer than the context, cut on the left: 1") == 1
+    assert lines.count("- model step 20, c3-d: prompts cut, beyond the context at their beginning: 1") == 1
 
 
 def test_the_norm_divides_by_characters():

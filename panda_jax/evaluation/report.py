@@ -216,7 +216,10 @@ def _remarks(rows: Sequence[Row], protocol: str) -> Iterator[str]:
                 unread = f"{100 * found['unread']:.1f} %"
                 yield f"- {row.label}, {task}: no letter in {unread} of the answers; they count as wrong"
             if found["truncated"]:
-                yield f"- {row.label}, {task}: prompts longer than the context, cut on the left: {found['truncated']}"
+                limit = sitting.exam.protocol.max_input_tokens
+                beyond = f"{limit:,} tokens at their end, as published, or beyond " if limit else ""
+                beyond += "the context at their beginning"
+                yield f"- {row.label}, {task}: prompts cut, beyond {beyond}: {found['truncated']}"
 
 
 def _differences(rows: Sequence[Row], own: Sequence[Column]) -> str:
