@@ -14,7 +14,8 @@ import tiny_run
 
 from panda_jax.training.checkpoint import committed_steps
 
-pytestmark = pytest.mark.whole_run
+# Several processes, several times: on busy cores that takes minutes.
+pytestmark = [pytest.mark.whole_run, pytest.mark.timeout(900)]
 
 
 def start_trainings(config: Path, count: int, devices_each: int, *arguments: str) -> list[subprocess.Popen[str]]:

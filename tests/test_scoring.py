@@ -9,7 +9,8 @@ import pytest
 import tiny_run
 from test_processes import start_processes, start_trainings
 
-pytestmark = pytest.mark.whole_run
+# Several processes, several times: on busy cores that takes minutes.
+pytestmark = [pytest.mark.whole_run, pytest.mark.timeout(900)]
 
 
 def write_exam(folder: Path) -> Path:
