@@ -22,6 +22,8 @@ from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.whole_run
+
 # 290 ids: <unk>, <s>, </s>, the bytes and the pieces below; every other dimension differs too.
 PIECES = [
     ("▁", -1.0),
