@@ -20,7 +20,8 @@ from panda_jax.evaluation.prompts import (
     prompt_hash,
     strip_option_labels,
 )
-from panda_jax.evaluation.tasks import TASKS, Question
+from panda_jax.evaluation.questions import Question
+from panda_jax.evaluation.tasks import TASKS
 from panda_jax.text.tokenizer import Tokenizer
 
 SNOW = Question("1", "雪是白的。", "雪的颜色？ ", ("黑", "白色"), 1, "")

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from panda_jax.evaluation.questions import Question
 from panda_jax.evaluation.statistics import accuracy, averages, baselines, compare, longest_option
-from panda_jax.evaluation.tasks import TASKS, Question
+from panda_jax.evaluation.tasks import TASKS
 
 # PROTOCOLS.md §5.2: (options 2, 3, 4), then percentages: uniform, A, B, C, D, majority letter, longest option.
 PUBLISHED = {

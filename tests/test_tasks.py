@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from panda_jax.errors import InputError
+from panda_jax.evaluation.questions import Question
 from panda_jax.evaluation.subjects import CEVAL_SUBJECTS, CMMLU_SUBJECTS
-from panda_jax.evaluation.tasks import TASKS, Question, find_task, write_submission
+from panda_jax.evaluation.tasks import TASKS, find_task, write_submission
 from panda_jax.text.tokenizer import Tokenizer
 
 # Questions of our own; PROTOCOLS.md §5.1 and §5.3 name the fields.

@@ -70,7 +70,8 @@ class Candidate:
     def _write(self, exam: Exam, indices: Sequence[int]) -> Iterator[Record]:
         assert exam.protocol.max_new_tokens is not None
         greedy = Sampling.greedy(exam.protocol.max_new_tokens, stop_ids=())
-        prompts = {index: self._cut(exam, exam.prompt(index)) for index in indices}
+        texts = {index: exam.prompt(index) for index in indices}
+        prompts = {index: self._cut(exam, text) for index, text in texts.items()}
         # The longest first: a batch holds prompts of like length, and what is left to do gets faster.
         order = sorted(indices, key=lambda index: -len(prompts[index][0]))
         generator = Generator(self._model, self.parameters, decoding(self._compute, self._mesh), self._mesh)
@@ -81,7 +82,7 @@ class Candidate:
                 yield {
                     "index": index,
                     "id": exam.questions[index].id,
-                    "prompt": exam.prompt(index),
+                    "prompt": texts[index],
                     "continuation": self._tokenizer.decode(answer.ids),
                     "continuation_to_eos": self._tokenizer.decode(_before(answer.ids, self._tokenizer.eos_id)),
                     "truncated": prompts[index][1],

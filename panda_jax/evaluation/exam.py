@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,9 @@ class Exam:
         question = self.questions[index]
         return self.protocol.request(self.task.name, question, self.examples[question.subject])
 
-    def identity(self, fingerprint: str, dtype: str) -> dict[str, Any]:
-        """Return all that decides a model's answers: `fingerprint` of its weights and tokenizer, dtype of its products.
-
-        Protocols that ask alike and read answers differently have the same identity, so they share the answers.
-        """
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """All that decides the answers of a model: the same where protocols ask alike and read answers differently."""
         asked = [[asdict(question), self.examples[question.subject]] for question in self.questions]
         text = json.dumps(asked, ensure_ascii=False, default=asdict)
         return {
@@ -60,9 +59,14 @@ class Exam:
             "questions_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "max_input_tokens": self.protocol.max_input_tokens,
             "max_new_tokens": self.protocol.max_new_tokens,
-            "weights": fingerprint,
-            "dtype": dtype,
         }
+
+    def identity(self, fingerprint: str, dtype: str) -> dict[str, Any]:
+        """Return `asked` with the model: `fingerprint` of its weights and tokenizer, dtype of its products.
+
+        Protocols that ask alike and read answers differently have the same identity, so they share the answers.
+        """
+        return self.asked | {"weights": fingerprint, "dtype": dtype}
 
     def judge(self, record: Record) -> Record:
         """Return the record with `answer`, `prediction` and `correct`; likelihoods also with `..._norm`.

@@ -238,98 +238,48 @@ def _first_letter(text: str, num_options: int) -> str | None:
     return first_letter(text)
 
 
+def _generative(name: str, wording: Wording, extract: Callable[[str, int], str | None], ends_at_eos: bool) -> Protocol:
+    """Return a protocol with Panda's lengths, version 1."""
+    return Protocol(
+        name=name,
+        version=1,
+        kind="generative",
+        wordings=dict.fromkeys(TASKS, wording),
+        shots=0,
+        extract=extract,
+        max_input_tokens=2048,
+        max_new_tokens=64,
+        ends_at_eos=ends_at_eos,
+    )
+
+
+def _likelihood(name: str, wordings: Mapping[str, Wording], shots: int | None) -> Protocol:
+    """Return a protocol that scores continuations, version 1."""
+    return Protocol(
+        name=name,
+        version=1,
+        kind="likelihood",
+        wordings=wordings,
+        shots=shots,
+        extract=None,
+        max_input_tokens=None,
+        max_new_tokens=None,
+        ends_at_eos=False,
+    )
+
+
+_EXAMS = {"ceval": CEVAL, "cmmlu": CMMLU}
+_TEXTS = {"logiqa2": LOGIQA2, "logiqa2-en": LOGIQA2, "c3-d": C3, "c3-m": C3}
+_LETTERS = {"logiqa2": LOGIQA2_LETTER, "logiqa2-en": LOGIQA2_LETTER, "c3-d": C3_LETTER, "c3-m": C3_LETTER}
+
 PROTOCOLS: dict[str, Protocol] = {
-    "panda": Protocol(
-        name="panda",
-        version=1,
-        kind="generative",
-        wordings=dict.fromkeys(TASKS, PANDA),
-        shots=0,
-        extract=_first_letter,
-        max_input_tokens=2048,
-        max_new_tokens=64,
-        ends_at_eos=False,
-    ),
-    "panda-eos": Protocol(
-        name="panda-eos",
-        version=1,
-        kind="generative",
-        wordings=dict.fromkeys(TASKS, PANDA),
-        shots=0,
-        extract=_first_letter,
-        max_input_tokens=2048,
-        max_new_tokens=64,
-        ends_at_eos=True,
-    ),
-    "panda-strict": Protocol(
-        name="panda-strict",
-        version=1,
-        kind="generative",
-        wordings=dict.fromkeys(TASKS, PANDA),
-        shots=0,
-        extract=strict_letter,
-        max_input_tokens=2048,
-        max_new_tokens=64,
-        ends_at_eos=True,
-    ),
-    "panda-stripped": Protocol(
-        name="panda-stripped",
-        version=1,
-        kind="generative",
-        wordings=dict.fromkeys(TASKS, PANDA_STRIPPED),
-        shots=0,
-        extract=_first_letter,
-        max_input_tokens=2048,
-        max_new_tokens=64,
-        ends_at_eos=False,
-    ),
-    "likelihood": Protocol(
-        name="likelihood",
-        version=1,
-        kind="likelihood",
-        wordings={
-            "logiqa2": LOGIQA2,
-            "logiqa2-en": LOGIQA2,
-            "c3-d": C3,
-            "c3-m": C3,
-            "ceval": CEVAL,
-            "cmmlu": CMMLU,
-        },
-        shots=None,
-        extract=None,
-        max_input_tokens=None,
-        max_new_tokens=None,
-        ends_at_eos=False,
-    ),
-    "likelihood-letter": Protocol(
-        name="likelihood-letter",
-        version=1,
-        kind="likelihood",
-        wordings={
-            "logiqa2": LOGIQA2_LETTER,
-            "logiqa2-en": LOGIQA2_LETTER,
-            "c3-d": C3_LETTER,
-            "c3-m": C3_LETTER,
-            "ceval": CEVAL,
-            "cmmlu": CMMLU,
-        },
-        shots=None,
-        extract=None,
-        max_input_tokens=None,
-        max_new_tokens=None,
-        ends_at_eos=False,
-    ),
-    "likelihood-bare": Protocol(
-        name="likelihood-bare",
-        version=1,
-        kind="likelihood",
-        wordings=dict.fromkeys(TASKS, BARE),
-        shots=0,
-        extract=None,
-        max_input_tokens=None,
-        max_new_tokens=None,
-        ends_at_eos=False,
-    ),
+    "panda": _generative("panda", PANDA, _first_letter, ends_at_eos=False),
+    "panda-eos": _generative("panda-eos", PANDA, _first_letter, ends_at_eos=True),
+    "panda-strict": _generative("panda-strict", PANDA, strict_letter, ends_at_eos=True),
+    "panda-stripped": _generative("panda-stripped", PANDA_STRIPPED, _first_letter, ends_at_eos=False),
+    "likelihood": _likelihood("likelihood", _TEXTS | _EXAMS, shots=None),
+    "likelihood-letter": _likelihood("likelihood-letter", _LETTERS | _EXAMS, shots=None),
+    "likelihood-bare": _likelihood("likelihood-bare", dict.fromkeys(TASKS, BARE), shots=0),
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from panda_jax.atomic import write_atomically
 from panda_jax.evaluation.exam import Exam, Record, hits
-from panda_jax.evaluation.prompts import prompt_hash
 from panda_jax.evaluation.questions import LETTERS
 from panda_jax.evaluation.statistics import Accuracy, Baselines, accuracy, averages, baselines, compare
 from panda_jax.evaluation.tasks import write_submission
@@ -60,7 +59,7 @@ class Sitting:
         asked = {"task": self.exam.task.name, "split": self.exam.split, "shots": self.exam.shots}
         protocol = self.exam.protocol
         asked |= {"protocol": protocol.name, "version": protocol.version}
-        asked |= {"prompt_sha256": prompt_hash(protocol, self.exam.task.name)}
+        asked |= {"prompt_sha256": self.exam.asked["prompt_sha256"]}
         return asked | self.summary() | {"questions": list(self.records)}
 
 

@@ -10,18 +10,9 @@ from pathlib import Path
 
 from panda_jax.atomic import write_atomically
 from panda_jax.errors import InputError
-from panda_jax.evaluation.questions import (
-    LETTERS,
-    Question,
-    read_c3,
-    read_ceval,
-    read_cmmlu,
-    read_logiqa2,
-)
+from panda_jax.evaluation.questions import Question, read_c3, read_ceval, read_cmmlu, read_logiqa2
 from panda_jax.evaluation.subjects import CEVAL_SUBJECTS, CMMLU_SUBJECTS
 from panda_jax.text.templates import unknown_name
-
-__all__ = ["LETTERS", "TASKS", "Question", "Split", "Task", "find_task", "write_submission"]
 
 
 @dataclass(frozen=True)

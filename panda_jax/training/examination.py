@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,12 +97,12 @@ def examine(
     for examinee in examinees:
         opened = open_model(examinee.source)
         # Protocols that ask alike share one file, and so one entry here.
-        by_identity = {
-            json.dumps(identity): Answers(folder / "answers", identity)
-            for identity in (exam.identity(opened.fingerprint, compute.dtype) for exam in exams)
-        }
-        answers = [by_identity[json.dumps(exam.identity(opened.fingerprint, compute.dtype))] for exam in exams]
-        rest = sum(len(own.missing()) for own in by_identity.values())
+        opened_by_path: dict[Path, Answers] = {}
+        answers = []
+        for exam in exams:
+            own = Answers(folder / "answers", exam.identity(opened.fingerprint, compute.dtype))
+            answers.append(opened_by_path.setdefault(own.path, own))
+        rest = sum(len(own.missing()) for own in opened_by_path.values())
         if sharding.first_decides(rest > 0):
             say(f"{examinee.label}: {rest:,} questions to ask")
             mesh, parameters = place(opened, compute, mesh_config)
