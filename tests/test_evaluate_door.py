@@ -8,14 +8,18 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 import weights_folder
 
 from panda_jax.command_line import exit_status
-from panda_jax.config import Model
+from panda_jax.config import Compute, Model
 from panda_jax.evaluate import main
+from panda_jax.evaluation.candidate import Candidate
+from panda_jax.evaluation.exam import set_exam
+from panda_jax.text.tokenizer import Tokenizer
 
 PASSAGE = "小明早上去公园跑步，下午在家里看书，晚上和朋友一起吃饭。"
 # (question, options, right answer): options of different lengths, one question of two options and one of three.
@@ -106,14 +110,19 @@ def test_answers_outlive_a_kill(uniform, data, tmp_path, tokenizer_model, capsys
     ask = ("--checkpoint", random, uniform, "--tasks", "c3-d", "--data", data, "--protocol", "likelihood,panda")
     assert evaluate(*ask, "--output", tmp_path / "whole") == 0
     assert evaluate(*ask, "--output", tmp_path / "cut") == 0
+    kept = {}
     for path in (tmp_path / "cut" / "answers").iterdir():
         lines = path.read_bytes().splitlines(keepends=True)
         assert len(lines) == 7
-        path.write_bytes(b"".join(lines[:4]) + lines[4][:9])
+        kept[path] = b"".join(lines[:4])
+        path.write_bytes(kept[path] + lines[4][:9])
     (tmp_path / "cut" / "random" / "c3-d-likelihood.json").unlink()
     capsys.readouterr()
     assert evaluate(*ask, "--output", tmp_path / "cut") == 0
     assert "random: 6 questions to ask" in capsys.readouterr().out
+    for path, lines in kept.items():
+        # What was there stays, and the three that were missing came behind it, once each.
+        assert path.read_bytes().startswith(lines) and path.read_bytes().count(b"\n") == 7
     for model in ("random", "uniform"):
         for name in ("c3-d-likelihood.json", "c3-d-panda.json"):
             whole, cut = ((tmp_path / place / model / name).read_bytes() for place in ("whole", "cut"))
@@ -123,11 +132,17 @@ def test_answers_outlive_a_kill(uniform, data, tmp_path, tokenizer_model, capsys
     assert "questions to ask" not in capsys.readouterr().out
 
 
-def test_two_extractors_read_the_same_answers(uniform, data, tmp_path, capsys):
+def test_two_extractors_read_the_same_answers(uniform, data, tmp_path, capsys, monkeypatch):
     """The likeliest of equals is id 0, `<unk>`, which is no letter: nothing is right, and the table says why."""
+    asked, answer = [], Candidate.answer
+    monkeypatch.setattr(
+        Candidate, "answer", lambda self, exam, indices: (asked.extend(indices), answer(self, exam, indices))[1]
+    )
     ask = ("--checkpoint", uniform, "--tasks", "c3-d", "--data", data, "--output", tmp_path, "--limit", 3)
     assert evaluate(*ask, "--protocol", "panda,panda-strict") == 0
-    assert len(list((tmp_path / "answers").iterdir())) == 1
+    (answers,) = (tmp_path / "answers").iterdir()
+    assert answers.read_bytes().count(b"\n") == 4, "the identity and three answers"
+    assert asked == [0, 1, 2]
     printed = capsys.readouterr().out
     assert "uniform, c3-d: no letter in 100.0 % of the answers" in printed
     assert "uniform: 3 questions to ask" in printed
@@ -146,6 +161,24 @@ def test_prompts_beyond_the_context_are_cut_on_the_left_and_counted(uniform, dat
         "prompts cut, beyond 2,048 tokens at their end, as published, or beyond the context at their beginning: 1"
         in printed
     )
+
+
+def test_a_written_answer_sees_the_end_of_a_prompt_beyond_the_context(data, tokenizer_model):
+    """128 of context less 64 new tokens leave BOS and the last 63; beyond 2,048 the end goes first, as published."""
+    tokenizer = Tokenizer(tokenizer_model, "tokenizer.model")
+    exam = set_exam(data, "c3-d", "panda", "test", None, None)
+    text = exam.prompt(0) * 40
+    ids = tokenizer.encode(text)
+    assert len(ids) > 2500
+    for context, expected in ((128, ids[2047 - 63 : 2047]), (4096, ids[:2047])):
+        model = Model(
+            vocab_size=tokenizer.vocab_size, dim=8, num_layers=1, num_heads=1, num_kv_heads=1, mlp_dim=8, norm_eps=1e-5,
+            context_length=context,
+        )  # fmt: skip
+        candidate = Candidate(model, {}, Compute(), jax.make_mesh((1,), ("data",)), tokenizer)
+        assert candidate._cut(exam, text) == ([tokenizer.bos_id, *expected], True)
+    short = tokenizer.encode("问")
+    assert candidate._cut(exam, "问") == ([tokenizer.bos_id, *short], False)
 
 
 def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model, capsys):
