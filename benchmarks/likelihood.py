@@ -103,7 +103,7 @@ def run_panda(folder: Path, requests: list[ChoiceRequest]) -> dict[str, Any]:
     scorer = Scorer(loaded.model, loaded.parameters, COMPUTE, loaded.mesh, loaded.tokenizer)
 
     def score() -> list[list[float]]:
-        found = dict(scorer.score(requests, lambda _: None))
+        found = dict(scorer.score(requests))
         return [list(found[number].loglikelihoods) for number in range(len(requests))]
 
     return timed(score, rounds=2)

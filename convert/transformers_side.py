@@ -99,13 +99,21 @@ def _read_huggingface(folder: Path, wanted: set[str], probe: Probe) -> dict[str,
         for name, tensor in reader(path, wanted):
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 check_count(f"{path}: {name}", "rows", len(tensor), probe.vocab_size)
-                tensor = tensor[probe.ids.tolist()]
-            # A copy: a tensor that lies in a mapped file would keep its pages in memory.
-            state[name] = tensor.float() if tensor.element_size() < 4 else tensor.clone()
+                tensor = tensor[probe.ids.tolist()]  # before anything makes float32 of a whole table
+            state[name] = _float32(tensor)
             del tensor
     if missing := sorted(wanted - state.keys()):
         raise InputError(f"{folder}: {missing[0]} is absent, config.json needs it; convert it again")
     return state
+
+
+def _float32(tensor: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Return a copy in any case: a tensor that lies in a mapped file would keep its pages in memory."""
+    import torch
+
+    if isinstance(tensor, np.ndarray):
+        return torch.from_numpy(tensor.astype(np.float32))
+    return tensor.to(torch.float32, copy=True)
 
 
 Reader = Callable[[Path, set[str]], Iterable[tuple[str, Any]]]
@@ -126,8 +134,7 @@ def _huggingface_files(folder: Path, wanted: set[str]) -> list[tuple[Path, Reade
     raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin; expected a Hugging Face folder")
 
 
-def _safetensors(path: Path, wanted: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    import torch
+def _safetensors(path: Path, wanted: set[str]) -> Iterable[tuple[str, np.ndarray]]:
     from safetensors import safe_open
 
     # framework="pt" maps the file for writing, which Linux refuses when it is larger than the memory.
@@ -135,7 +142,7 @@ def _safetensors(path: Path, wanted: set[str]) -> Iterable[tuple[str, torch.Tens
         names = sorted(wanted & set(file.keys()))
     for name in names:
         with safe_open(path, framework="np") as file:  # anew for each tensor: the mapping goes with it
-            yield name, torch.from_numpy(file.get_tensor(name).astype(np.float32))
+            yield name, file.get_tensor(name)
 
 
 def _torch_file(path: Path, wanted: set[str]) -> Iterable[tuple[str, torch.Tensor]]:

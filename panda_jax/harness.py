@@ -103,7 +103,7 @@ class Answers:
             asked.append(ChoiceRequest(context, continuations, tuple(map(len, continuations))))
         groups = list(places.values())
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for number, scores in self._scorer.score(asked, lambda _: None):
+        for number, scores in self._scorer.score(asked):
             for place, value, is_greedy in zip(groups[number], scores.loglikelihoods, scores.is_greedy, strict=True):
                 answers[place] = (value, is_greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[place].args, answers[place])
@@ -123,7 +123,7 @@ class Answers:
                 windows.append([Option(*cut.make_disjoint_window(pair))])
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        scores = dict(self._scorer.score_tokens(windows, lambda _: None))
+        scores = dict(self._scorer.score_tokens(windows))
         for number, owner in enumerate(owners):
             totals[owner] += scores[number].loglikelihoods[0]
         for request, total in zip(requests, totals, strict=True):

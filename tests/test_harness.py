@@ -163,7 +163,7 @@ def test_scores_equal_the_harness(offline_harness: Any, folders: Folders, shared
             protocol.request(task, dataclasses.replace(question, subject=subject), examples[:shots])
             for question in asked
         ]
-        scores = dict(scorer.score(requests, lambda _: None))
+        scores = dict(scorer.score(requests))
         num_truncated += sum(one.num_truncated for one in scores.values())
         right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
         for number, (question, request, sample) in enumerate(zip(asked, requests, samples, strict=True)):

@@ -54,7 +54,7 @@ class Candidate:
     def _choose(self, exam: Exam, indices: Sequence[int]) -> Iterator[Record]:
         requests = [exam.request(index) for index in indices]
         self._scorer.parameters = self.parameters
-        for place, scores in self._scorer.score(requests, lambda _: None):
+        for place, scores in self._scorer.score(requests):
             request = requests[place]
             yield {
                 "index": indices[place],

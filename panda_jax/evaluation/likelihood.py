@@ -9,7 +9,7 @@ Only sites reach the output layer, C at a time, so logits [B, T, V] never exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -90,18 +90,15 @@ class Scorer:
         )
         self._program = jax.jit(program, out_shardings=self._whole)
 
-    def score(self, requests: Sequence[Request], progress: Callable[[int], None]) -> Iterator[tuple[int, ChoiceScores]]:
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, ChoiceScores]]:
         """Yield (index, scores) of every request as its batch is done, longest first.
 
-        `progress` is called with the number of requests done so far. Raises InputError for a continuation without a
-        token of its own or longer than the model's context. In a run of several processes every process gives the
-        same requests and receives every score.
+        Raises InputError for a continuation without a token of its own or longer than the model's context. In a run
+        of several processes every process gives the same requests and receives every score.
         """
-        return self.score_tokens(encode(requests, self._tokenizer), progress)
+        return self.score_tokens(encode(requests, self._tokenizer))
 
-    def score_tokens(
-        self, questions: Sequence[Sequence[Option]], progress: Callable[[int], None]
-    ) -> Iterator[tuple[int, ChoiceScores]]:
+    def score_tokens(self, questions: Sequence[Sequence[Option]]) -> Iterator[tuple[int, ChoiceScores]]:
         """Do the same for options that are tokens already."""
         context_length = self._model.context_length
         rows, waiting = [], {}
@@ -112,14 +109,11 @@ class Scorer:
         totals = {
             number: (np.zeros(len(options)), np.ones(len(options), bool)) for number, options in enumerate(questions)
         }
-        num_done = 0
         for batch, log_probs, is_best in self._compute(rows):
             _add(batch, log_probs, is_best, totals)
             for row in batch.rows:
                 waiting[row.question] -= 1
                 if waiting[row.question] == 0:
-                    num_done += 1
-                    progress(num_done)
                     options = questions[row.question]
                     sums, greedy = totals.pop(row.question)
                     truncated = sum(num_dropped(option, context_length) > 0 for option in options)
