@@ -72,10 +72,3 @@ def test_a_run_scores_its_tasks_and_the_sweep_agrees(tmp_path):
         ]
         for first, second in zip(one["questions"], two["questions"], strict=True):
             assert first["loglikelihoods"] == pytest.approx(second["loglikelihoods"], abs=1e-4)
-
-
-def test_a_task_without_its_files_stops_the_run_before_the_first_step(tmp_path):
-    tiny_run.write_corpora(tmp_path)
-    config = tiny_run.write_config(tmp_path, eval={"tasks": ["c3-d"], "data": str(tmp_path)})
-    output = tiny_run.finish(tiny_run.start(config), status=2)
-    assert "c3-d, split test: 1 of 1 files missing (c3-d-test.json)" in output and "step 1/" not in output

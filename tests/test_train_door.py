@@ -20,6 +20,7 @@ import yaml
 from panda_jax import train
 from panda_jax.command_line import exit_status
 from panda_jax.config import Model
+from panda_jax.training import loop
 from panda_jax.training.checkpoint import committed_steps
 
 pytestmark = pytest.mark.whole_run
@@ -176,9 +177,27 @@ def test_stage_two_starts_from_the_weights_of_stage_one(world, capsys):
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     assert exit_status(train.main, arguments(world, "third", "model.num_layers=3", model=start, train=one_step)) == 2
     assert "model.num_layers 2, this run 3; write `num_layers: 2` under `model:`" in capsys.readouterr().err
-    missing = {"init_from": {"checkpoint": str(world / "nowhere")}}
-    assert exit_status(train.main, arguments(world, "third", model=missing)) == 2
+    empty = {"init_from": {"checkpoint": str(world / "runs")}}
+    assert exit_status(train.main, arguments(world, "third", model=empty)) == 2
     assert "no complete checkpoint here" in capsys.readouterr().err
+
+
+def test_what_a_config_names_is_looked_for_before_the_data_are_prepared(world, capsys, monkeypatch):
+    """And not again by a run that goes on: it has weights of its own."""
+    prepared: list[str] = []
+    monkeypatch.setattr(loop, "prepare_data", lambda config: prepared.append(config.name))
+    for kind in ("checkpoint", "hf", "meta"):
+        missing = {"init_from": {kind: str(world / "nowhere")}}
+        assert exit_status(train.main, arguments(world, "unborn", model=missing)) == 2
+        assert f"model.init_from.{kind}: {world / 'nowhere'}: no such folder" in capsys.readouterr().err
+        assert exit_status(train.main, arguments(world, "whole", "--resume", "never", model=missing)) == 2
+        assert f"model.init_from.{kind}: " in capsys.readouterr().err
+    tasks = {"tasks": ["c3-d"], "data": str(world)}
+    assert exit_status(train.main, arguments(world, "unborn", eval=tasks)) == 2
+    assert "1 of 1 files missing (c3-d-test.json)" in capsys.readouterr().err
+    assert prepared == [] and not (world / "runs" / "unborn").exists()
+    assert exit_status(train.main, arguments(world, "whole", model=missing)) == 0
+    assert prepared == ["whole"]
 
 
 def test_weights_from_elsewhere_grow_and_are_remembered(world, tmp_path, capsys):

@@ -25,7 +25,7 @@ from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
 from panda_jax.training import metrics, start
 from panda_jax.training import step as steps
-from panda_jax.training.scoring import TaskScores
+from panda_jax.training.scoring import TaskScores, exams_of
 
 # How many steps may be dispatched before the oldest is looked at: enough to keep the devices busy, few enough that
 # batches do not pile up on them and that a non-finite gradient is reported at once.
@@ -45,6 +45,11 @@ def train(config: Config, resume: str) -> Path:
     is_first = jax.process_index() == 0
     say = sharding.say
     folder = Path(config.log.runs_dir) / config.name
+    kept = folder / "checkpoints"
+
+    # ---- what the config names is there, before hours go into the data ----------------------------------------------
+    sharding.by_first("starting point found", lambda: start.check_named(config, kept, resume))
+    exams = exams_of(config)
 
     # ---- data: the first process has it prepared, then all open it --------------------------------------------------
     sharding.by_first("data prepared", lambda: prepare_data(config))
@@ -56,7 +61,6 @@ def train(config: Config, resume: str) -> Path:
     # ---- model, optimizer and the step over them -------------------------------------------------------------------
     step = steps.build(config, mesh, plan.num_steps)
     with jax.set_mesh(mesh):
-        kept = folder / "checkpoints"
         state, first_step, run = start.initial_state(config, step, kept, resume, run, tokenizer, say)
         saver = checkpoints.Checkpointer(kept, config.checkpoint.keep, config.checkpoint.steps)
 
@@ -70,7 +74,7 @@ def train(config: Config, resume: str) -> Path:
         sharding.by_first("run folder made", begin)
         recorder = metrics.Recorder(config, folder, first_step, writes=is_first)
         held_out_loss = HeldOut(config, step, plan, caches, recorder)
-        task_scores = TaskScores(config, mesh, tokenizer, recorder)
+        task_scores = TaskScores(config, exams, mesh, tokenizer, recorder)
         with metrics.CompileReport(recorder.say):
             train_step = step.compile()
         if first_step == 0:

@@ -5,6 +5,7 @@ The rooms of evaluation and generation are entered by runs that name tasks, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
 class TaskScores:
     """Scores the tasks of `eval.tasks` and records them."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, recorder: Recorder) -> None:
-        """Read the questions; raises InputError for an unknown task or protocol, and for files that are not there."""
-        self._config, self._mesh, self._tokenizer, self._recorder = config, mesh, tokenizer, recorder
+    def __init__(
+        self,
+        config: Config,
+        exams: Sequence[Exam],
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer,
+        recorder: Recorder,
+    ) -> None:
+        self._config, self._exams = config, exams
+        self._mesh, self._tokenizer, self._recorder = mesh, tokenizer, recorder
         self._candidate: Candidate | None = None
-        self._exams = exams_of(config) if config.eval.tasks else []
 
     def measure(self, parameters: dict[str, jax.Array], finished: int) -> None:
         """Record and print the scores of `parameters` after `finished` steps; no-op where no task is named."""
@@ -54,10 +61,15 @@ class TaskScores:
 
 
 def exams_of(config: Config) -> list[Exam]:
-    """Return the exams that `eval` names, each with its sample of questions; raises InputError as TaskScores does."""
+    """Return the exams that `eval` names, each with its sample of questions; none where it names no task.
+
+    Raises InputError for an unknown task or protocol, for files that are not there, and where the answers are hidden.
+    """
+    wanted = config.eval
+    if not wanted.tasks:
+        return []
     from panda_jax.evaluation.exam import sampled, set_exam
 
-    wanted = config.eval
     if not wanted.data:
         raise InputError("eval.tasks are named but eval.data is not; give the folder with their official files")
     exams = []

@@ -69,6 +69,20 @@ def initial_state(
     return state, 0, run | {"init_from": origin}
 
 
+def check_named(config: Config, folder: Path, resume: str) -> None:
+    """Raise InputError where the run will start from model.init_from and it names no folder.
+
+    Asked before the data are prepared, which may take hours; what is in the folder is looked at when it is read.
+    """
+    wanted = config.model.init_from
+    if wanted is None or (resume != "never" and checkpoints.committed_steps(folder)):
+        return
+    for kind in ("checkpoint", "hf", "meta"):
+        given = getattr(wanted, kind)
+        if given is not None and not Path(given).is_dir():
+            raise InputError(f"model.init_from.{kind}: {given}: no such folder; give one that holds weights")
+
+
 def set_aside(folder: Path, found: int | None, say: Callable[[str], None]) -> None:
     """Move the checkpoints that lie after step `found` out of the way, all of them where there is none."""
     for name in checkpoints.set_aside_newer(folder, -1 if found is None else found):
