@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -76,15 +75,6 @@ def drawing(**changes: Any) -> Sampling:
 
 def greedy(max_new_tokens: int = 12, stop_ids: tuple[int, ...] = ()) -> Sampling:
     return Sampling.greedy(max_new_tokens, stop_ids)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """torch's threads wait for each other by spinning: for a tiny model they cost far more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def peer_tokens(model: Model, prompt: list[int], **options: Any) -> list[int]:
