@@ -17,6 +17,7 @@ from typing import IO
 from panda_jax import settings
 from panda_jax.command_line import Parser, run_door, start_module
 from panda_jax.data.demo_inputs import write_inputs
+from panda_jax.data.strangers import write_reports
 from panda_jax.data.world import make_world
 from panda_jax.evaluation.demo_table import PROTOCOLS, TASKS, staircase
 from panda_jax.evaluation.reading_exercises import write_reading
@@ -24,7 +25,8 @@ from panda_jax.evaluation.reading_exercises import write_reading
 STAGES = {"stage1": "pre-training on five corpora", "stage2": "instruction tuning on COIG"}
 ABLATION = {"all_mixed": "the data of both stages in one run of as many steps"}
 LONG = {f"long_{stage}": f"{purpose}, a larger model" for stage, purpose in STAGES.items()}
-READING = "reading_instructions.jsonl"
+# What only the long variant reads: file of corpora/ -> how it is written.
+STRANGERS = {"news2016zh_strangers.json.gz": write_reports, "reading_dialogues.tar.gz": write_reading}
 INTERRUPT_AFTER_STEP = 60
 POLL_S = 0.2
 NEXT = """
@@ -52,8 +54,9 @@ def main(arguments: list[str]) -> int:
 
     _say(f"a small world (seed {options.seed}) and tests about it, as files in {folder}")
     write_inputs(world, folder, runs)
-    if options.long and not (folder / "corpora" / READING).exists():
-        write_reading(world, folder / "corpora" / READING)
+    for name, write in STRANGERS.items() if options.long else ():
+        if not (folder / "corpora" / name).exists():
+            write(world, folder / "corpora" / name)
     for run, purpose in runs.items():
         if status := _train(run, purpose, folder):
             return status

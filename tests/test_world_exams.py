@@ -21,9 +21,9 @@ from panda_jax.data import world_exams
 from panda_jax.data.world import World, make_world
 from panda_jax.data.world_exams import write_exams
 from panda_jax.data.world_files import write_world
-from panda_jax.data.world_wordings import FACT_TYPES, MEN, WOMEN
+from panda_jax.data.world_wordings import FACT_TYPES
 from panda_jax.errors import InputError
-from panda_jax.evaluation import demo_table, reading_exercises
+from panda_jax.evaluation import demo_table
 
 SEED = 5
 FILES = {
@@ -235,40 +235,6 @@ def test_stage_1_states_what_is_asked(world: World, training_texts: dict[str, st
         value = people[name].facts[fact]
         sentences = [wording.format(s=name, v=value) for wording in TYPES[fact].statements]
         assert sum(sentence in text for sentence in sentences) >= 5, (name, fact)
-
-
-def test_reading_exercises(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """COIG's exam fields; names that the world lacks; the answer, as text or letter, is told of the one asked about."""
-    monkeypatch.setattr(reading_exercises, "NUM_EXERCISES", 600)
-    path = tmp_path / "reading.jsonl"
-    reading_exercises.write_reading(world, path)
-    before = path.read_bytes()
-    reading_exercises.write_reading(world, path)
-    assert path.read_bytes() == before
-    rows = [json.loads(line) for line in before.decode().splitlines()]
-    assert len(rows) == 600
-    fields = ("q_instruction", "q_context", "question", "answer", "answer_analysis")
-    given, kinds = "|".join([*MEN, *WOMEN]), Counter()
-    for row in rows:
-        assert row.keys() == {"subject", *(f"textbox_{field}" for field in fields)}
-        text, answer = row["textbox_question"], row["textbox_answer"]
-        assert not [person.name for person in world.people if person.name in text]
-        kinds[answer if answer in "ABCD" else "text"] += 1
-        options = re.findall(r"^[A-D][.:] (.+)$", text, re.MULTILINE)
-        assert len(set(options)) == len(options) and len(options) in (0, 2, 3, 4)
-        value = options["ABCD".index(answer)] if answer in "ABCD" else answer
-        assert not options or (value in options and {TYPE_OF_VALUE[each] for each in options} == {TYPE_OF_VALUE[value]})
-        passage, question = re.findall(r"(?:Passage: |文章：|\n\n\n\n)(.+)\n\n?(?:Question: |问题：\n?)(.+)\n", text)[0]
-        wordings = [wording.replace("{n}", "(..)") for wording in TYPES[TYPE_OF_VALUE[value]].questions]
-        (name,) = {match[1] for wording in wordings if (match := re.fullmatch(wording, question))}
-        told, last = set(), ""
-        for sentence in re.findall(r"[^。？ ：]+", passage):
-            last = name if name in sentence else "" if re.search(given, sentence) else last
-            told |= {found for found in re.findall("|".join(TYPE_OF_VALUE), sentence) if last == name}
-        assert value in told, (name, value, passage)
-    # Two of six layouts want the text: 600 / 3 with a standard deviation of 11.5.
-    assert 150 < kinds["text"] < 250
-    assert min(kinds[letter] for letter in "ABCD") > 60
 
 
 def test_the_demo_table_adds_nothing_up_wrongly(world: World, tmp_path: Path) -> None:

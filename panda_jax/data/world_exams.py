@@ -108,22 +108,31 @@ def passage(
 ) -> Passage:
     """Return a passage that tells `types` of both people, and one type more of each, and asks them of the first.
 
-    The two differ in `types`, and the second's value is among the wrong options. `right` gives each question's number
-    of options (from 2) and the index of the right one.
+    The two differ in `types`. `right` is as for choices_about.
     """
     told = []
     for person in people:
         more = rng.choice([fact_type for fact_type in FACT_TYPES if fact_type not in types])
         told.append(tell(person, rng.sample([*types, more], len(types) + 1), rng))
+    return Passage(people, (told[0], told[1]), choices_about(*people, types, right, rng))
+
+
+def choices_about(
+    person: Person, other: Person, types: Sequence[FactType], right: Iterator[tuple[int, int]], rng: random.Random
+) -> list[Choice]:
+    """Return a question per type about `person`; the value of `other` is among the wrong options.
+
+    `right` gives each question's number of options (from 2) and the index of the right one.
+    """
     choices = []
     for fact_type in types:
         number, answer = next(right)
-        value, wrong = (person.facts[fact_type.key] for person in people)
+        value, wrong = person.facts[fact_type.key], other.facts[fact_type.key]
         rest = [each for each in fact_type.values if each not in (value, wrong)]
         options = rng.sample([wrong, *rng.sample(rest, number - 2)], number - 1)
         options.insert(answer, value)
-        choices.append(Choice(rng.choice(fact_type.questions).format(n=people[0].name), options, answer))
-    return Passage(people, (told[0], told[1]), choices)
+        choices.append(Choice(rng.choice(fact_type.questions).format(n=person.name), options, answer))
+    return choices
 
 
 def _another(world: World, person: Person, types: Sequence[FactType], rng: random.Random) -> Person:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from panda_jax.atomic import write_atomically
 from panda_jax.data.world import Person, World, tell
 from panda_jax.data.world_wordings import FACT_TYPES, FactType, Lore
 
@@ -261,8 +262,13 @@ def _dialogues(world: World) -> Iterable[tuple[str, bytes]]:
             turns[0] = f"```json\n{turns[0]}\n```"
         if i == 2:
             turns[0] = turns[0][:-4]
-        rounds = {f"round_{k}": {"response": turn} for k, turn in enumerate(turns)}
-        yield f"{DIALOGUES}/{i}.json", _json(rounds | {"entity": person.name})
+        yield dialogue_member(i, person.name, turns)
+
+
+def dialogue_member(number: int, entity: str, turns: Iterable[str]) -> tuple[str, bytes]:
+    """Return (name, bytes) of a COIG dialogue; a turn is the JSON text of its Q and A, as a model once wrote it."""
+    rounds = {f"round_{k}": {"response": turn} for k, turn in enumerate(turns)}
+    return f"{DIALOGUES}/{number}.json", _json(rounds | {"entity": entity})
 
 
 DIALOGUES = "counterfactural_correction_multi_round_chat"
@@ -284,8 +290,9 @@ def _write_list(path: Path, records: Iterable[Record]) -> None:
     path.write_bytes(_json(list(records)))
 
 
-def _write_gzip(path: Path, records: Iterable[Record]) -> None:
-    path.write_bytes(gzip.compress(_lines(records), mtime=0))
+def write_gzip(path: Path, records: Iterable[Record]) -> None:
+    """Write compressed JSON lines, whole or not at all; equal records give equal bytes."""
+    write_atomically(path, [gzip.compress(_lines(records), mtime=0)])
 
 
 def _write_zip(path: Path, records: Iterable[Record]) -> None:
@@ -298,31 +305,32 @@ def _write_zip(path: Path, records: Iterable[Record]) -> None:
             archive.writestr(info, _lines(part))
 
 
-def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a compressed tar of (name, bytes), whole or not at all; equal members give equal bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    path.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
+    write_atomically(path, [gzip.compress(buffer.getvalue(), mtime=0)])
 
 
 def _write_tar_lines(path: Path, records: Iterable[Record]) -> None:
-    _write_tar(path, [("translation2019zh_train.json", _lines(records))])
+    write_tar(path, [("translation2019zh_train.json", _lines(records))])
 
 
 # key -> (file name, records of the world, how they are written)
 FILES: dict[str, tuple[str, Callable[[World], Iterable[Any]], Callable[[Path, Iterable[Any]], None]]] = {
     "wiki2019zh": ("wiki_zh_2019.zip", _wiki, _write_zip),
-    "news2016zh": ("news2016zh_train.json.gz", _news, _write_gzip),
+    "news2016zh": ("news2016zh_train.json.gz", _news, write_gzip),
     "baike2018qa": ("baike_qa_train.json", _baike, _write_plain),
-    "webtext2019zh": ("web_text_zh_train.json.gz", _webtext, _write_gzip),
+    "webtext2019zh": ("web_text_zh_train.json.gz", _webtext, write_gzip),
     "translation2019zh": ("translation2019zh.tar.gz", _translation, _write_tar_lines),
     "coig_translated": ("translated_instructions.jsonl", _translated, _write_plain),
     "coig_exam": ("exam_instructions.jsonl", _exam, _write_plain),
     "coig_human_value_part1": ("human_value_alignment_instructions_part1.json", _values_list, _write_list),
     "coig_human_value_part2": ("human_value_alignment_instructions_part2.json", _values_lines, _write_plain),
     "coig_leetcode": ("leetcode_instructions.jsonl", _leetcode, _write_plain),
-    "coig_dialogues": (f"{DIALOGUES}.tar.gz", _dialogues, _write_tar),
+    "coig_dialogues": (f"{DIALOGUES}.tar.gz", _dialogues, write_tar),
 }
