@@ -26,6 +26,11 @@ DISK_ERRORS = {
     errno.EPERM: "change its permissions or choose another folder",
 }
 
+OUT_OF_MEMORY = (
+    "train with a smaller train.micro_batch_size, compute.remat=full or more devices (`train --dry-run` tells what "
+    "fits), evaluate and generate on more devices"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Arguments of a door: a mistake in them is an InputError, and options may stand among the overrides."""
@@ -120,6 +125,9 @@ def _reason(error: BaseException) -> str | None:
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     for cause in _causes(error):
+        # By its name: not every door imports jax.
+        if type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(cause):
+            return f"the memory of a device is full ({str(cause).splitlines()[0][:200]}); {OUT_OF_MEMORY}"
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             place = f"{cause.filename}: " if cause.filename else ""
             return f"{place}{os.strerror(cause.errno)}; {DISK_ERRORS[cause.errno]}"

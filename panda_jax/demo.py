@@ -30,12 +30,11 @@ STRANGERS = {"news2016zh_strangers.json.gz": write_reports, "reading_dialogues.t
 INTERRUPT_AFTER_STEP = 60
 POLL_S = 0.2
 NEXT = """
-
 next:
   cd {folder}
-  python -m panda_jax.prepare --config stage2.yaml --preview 3
-  python -m panda_jax.train --config stage2.yaml name=longer train.max_steps=240 train.epochs=24
-  then your own corpora: copy stage1.yaml and change data.sources (configs/panda has the full-size runs)"""
+  python -m panda_jax.prepare --config {last}.yaml --preview 3
+  python -m panda_jax.generate --checkpoint {model} --chat
+  then your own corpora: copy {first}.yaml and change data.sources (configs/panda has the full-size runs)"""
 
 
 def main(arguments: list[str]) -> int:
@@ -63,8 +62,7 @@ def main(arguments: list[str]) -> int:
     _say("evaluate every checkpoint: 128 facts that stage 1 tells and nothing asks")
     models = [place for run in runs for place in _checkpoints(folder, run)]
     lists = ("--tasks", ",".join(TASKS), "--protocol", ",".join(PROTOCOLS), "--data", "exams")
-    # Its own tables are long, and they are kept: ours puts the protocols side by side.
-    with (folder / "evaluate.log").open("w", encoding="utf-8") as log:
+    with (folder / "evaluate.log").open("w", encoding="utf-8") as log:  # ours puts the protocols side by side
         if status := _run_door(folder, "evaluate", "--checkpoint", *map(str, models), *lists, stdout=log):
             return status
     _say("done")
@@ -126,9 +124,7 @@ def _run_folder(folder: Path, run: str) -> Path:
 def _metrics(folder: Path, run: str) -> list[dict]:
     """Return the complete lines of a run's metrics.jsonl, none where the run has not begun."""
     path = _run_folder(folder, run) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -146,7 +142,8 @@ def _summary(folder: Path, runs: dict[str, str], models: list[Path]) -> str:
     # The evaluate door names a model after its run and step.
     labels = [f"{model.parts[-3]} step {model.name}" for model in models]
     scored = [(label, folder / "evaluations" / label.replace(" ", "-")) for label in labels]
-    return "\n".join([*rows, "", staircase(scored, folder / "exams")]) + NEXT.format(folder=folder)
+    hints = NEXT.format(folder=folder, first=[*runs][0], last=[*runs][1], model=models[-1])
+    return "\n".join([*rows, "", staircase(scored, folder / "exams"), hints])
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def main(arguments: list[str]) -> int:
         for task in listed("--tasks", options.tasks)
         for protocol in listed("--protocol", options.protocol)
     ]
-    say_warnings(exams, options.strict)
     mesh = Mesh(fsdp=options.fsdp, tensor=options.tensor, zero=3)
     sharding.start_processes(mesh)
+    say_warnings(exams, options.strict)
     compute = Compute(dtype=options.dtype)
     sharding.configure_jax(compute)
     models = find_models(options.checkpoint, options.steps, options.cache_dir, sharding.say)
@@ -55,7 +55,7 @@ def parser() -> Parser:
     result.add_argument(
         "--shots", type=natural, metavar="K", help="worked examples (default: the protocol's own number)"
     )
-    result.add_argument("--limit", type=natural, metavar="N", help="only the first N questions of each task")
+    result.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     result.add_argument("--output", type=Path, default=Path("evaluations"), metavar="DIR", help="default: evaluations")
     result.add_argument("--strict", action="store_true", help="refuse files that are not the published ones")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
@@ -75,6 +75,13 @@ def natural(text: str) -> int:
     return number
 
 
+def positive(text: str) -> int:
+    """Return a whole number from 1; argparse turns ValueError into its message."""
+    if natural(text) == 0:
+        raise ValueError
+    return int(text)
+
+
 def listed(option: str, text: str) -> list[str]:
     """Return the names in `a,b`; raises InputError where one is empty or named twice."""
     names = text.split(",")
@@ -89,7 +96,7 @@ def say_warnings(exams: Sequence[Exam], is_strict: bool) -> None:
     for warning in dict.fromkeys(warning for exam in exams for warning in exam.warnings):
         if is_strict:
             raise InputError(f"{warning}; --strict takes the published files alone")
-        print(f"warning: {warning}")
+        sharding.say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     sharding.start_processes(mesh)
     compute = Compute(dtype=options.dtype)
     sharding.configure_jax(compute)
+    sharding.by_first("place of the texts", lambda: prepare_place(options.output))
     loaded = load(options.checkpoint, compute, mesh, options.cache_dir, sharding.say)
     tokenizer, context = loaded.tokenizer, loaded.model.context_length
     new = min(256, context // 2) if options.max_new_tokens is None else options.max_new_tokens
@@ -127,6 +128,14 @@ def show(prompt: Prompt, generator: Generator, sampling: Sampling, tokenizer: To
         if jax.process_index() == 0:
             print(text.feed(new), end="", flush=True)
     sharding.say(text.flush())
+
+
+def prepare_place(output: Path | None) -> None:
+    """Make the folder of --output, before hours of writing; raises InputError where a folder has its name."""
+    if output is not None:
+        if output.is_dir():
+            raise InputError(f"--output {output}: is a folder; give the name of a file")
+        output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def publish(lines: list[str], output: Path | None) -> None:

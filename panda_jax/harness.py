@@ -75,9 +75,11 @@ class Answers:
             )
         if dtype not in ("bfloat16", "float32"):
             raise InputError(f"--model_args: dtype={dtype}, expected bfloat16 or float32")
+        if zero not in (1, 3):
+            raise InputError(f"--model_args: zero={zero}, expected 1 or 3")
         compute = Compute(dtype=dtype)
         sharding.configure_jax(compute)
-        mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor, zero=3 if zero == 3 else 1)
+        mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor, zero=zero)
         loaded = load(Path(checkpoint), compute, mesh, Path(cache), Console(stderr=True).print)
         self._loaded, self._seed = loaded, seed
         self._scorer = Scorer(loaded.model, loaded.parameters, compute, loaded.mesh, loaded.tokenizer)

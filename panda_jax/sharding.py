@@ -165,8 +165,8 @@ SHUTDOWN_TIMEOUT_S = 30
 def start_processes(config: MeshConfig) -> None:
     """Join the other processes of the run, if there are any.
 
-    torchrun's variables are mapped here; SLURM, Open MPI, Kubernetes and TPU are recognised by JAX itself. Raises
-    InputError that names the missing ranks when they do not appear within `init_timeout_s`.
+    torchrun's variables are mapped here, and ranks that do not appear within `init_timeout_s` are named by an
+    InputError; SLURM, Open MPI, Kubernetes and TPU are recognised by JAX, which ends the process with words of its own.
     """
     environment = os.environ
     if int(environment.get("WORLD_SIZE", "1")) > 1:
@@ -176,12 +176,17 @@ def start_processes(config: MeshConfig) -> None:
                 f"WORLD_SIZE is {environment['WORLD_SIZE']} but {missing[0]} is not set; start with torchrun"
             )
         host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            port += 1  # torchrun itself listens on MASTER_PORT
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        # Processes of one machine share its GPUs, one each.
+        shares = int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1
         _call_the_roll(host, port, rank, world_size, config.init_timeout_s)
         jax.distributed.initialize(
             f"{host}:{port}",
             world_size,
             rank,
+            local_device_ids=int(environment["LOCAL_RANK"]) if shares else None,
             initialization_timeout=config.init_timeout_s,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
@@ -231,7 +236,7 @@ def _call_the_roll(host: str, port: int, rank: int, world_size: int, timeout_s: 
         ) from None
     except OSError as error:
         raise InputError(
-            f"rank 0: cannot listen on MASTER_PORT {port} ({error.strerror}); choose a free port"
+            f"rank 0: cannot listen on port {port} ({error.strerror}); choose another MASTER_PORT"
         ) from None
 
 
@@ -254,7 +259,9 @@ def _is_managed_by_cluster(environment: Mapping[str, str]) -> bool:
         return True
     if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
         return True
-    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    if int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    return any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
 
 
 class ProcessFailed(InputError):
@@ -276,7 +283,11 @@ def together(name: str, work: Callable[[], object]) -> None:
         from jax._src.distributed import global_state  # the only barrier that does not occupy the devices
 
         client = global_state.client
-        assert client is not None
+        if client is None:
+            raise InputError(
+                f"{jax.process_count()} processes share the devices, but no launcher known to panda_jax started them; "
+                f"start them with torchrun, SLURM, Open MPI or Kubernetes, or set TPU_WORKER_HOSTNAMES"
+            )
         if failure is not None:
             client.key_value_set(f"panda_jax/{name}/{jax.process_index()}", f"{type(failure).__name__}: {failure}")
         client.wait_at_barrier(name, timeout_in_ms=24 * 3600 * 1000)
@@ -291,6 +302,20 @@ def together(name: str, work: Callable[[], object]) -> None:
 def by_first(name: str, work: Callable[[], object]) -> None:
     """Do `work` in the first process while the others wait for it."""
     together(name, work if jax.process_index() == 0 else lambda: None)
+
+
+def from_first(name: str, work: Callable[[], str]) -> str:
+    """Return what `work` returns in the first process, in every process; what fails there fails in each."""
+    found: list[str] = []
+    by_first(name, lambda: found.append(work()))
+    if jax.process_count() == 1:
+        return found[0]
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    if found:
+        client.key_value_set(f"panda_jax/answer/{name}", found[0])
+    return client.blocking_key_value_get(f"panda_jax/answer/{name}", 60_000)
 
 
 def say(text: str) -> None:

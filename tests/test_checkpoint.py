@@ -19,7 +19,7 @@ from panda_jax import sharding
 from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.training import checkpoint as checkpoints
-from panda_jax.training import checkpoint_parameters
+from panda_jax.training import checkpoint_parameters, run_record
 from panda_jax.training import step as steps
 from panda_jax.training.checkpoint_parameters import open_source
 
@@ -163,6 +163,37 @@ def test_a_failed_save_is_told_and_leaves_the_older_checkpoint(tmp_path, monkeyp
     assert checkpoints.committed_steps(tmp_path) == [1, 2]
 
 
+def test_a_save_after_a_failed_one_is_made(tmp_path, monkeypatch, capsys):
+    """The failure is told at once; its debris is gone, and the newer state is not thrown away for it."""
+    saver = checkpoints.Checkpointer(tmp_path, keep=2, keep_steps=())
+
+    def fail(path: Path) -> str:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sha256", fail)
+        saver.save(1, small_state(), {}, b"")
+        saver._thread.join()  # type: ignore[union-attr]
+    told = capsys.readouterr().out
+    assert f"warning: {tmp_path / '1'}: a checkpoint could not be written ([Errno 28] No space left" in told
+    saver.save(2, small_state(), {}, b"")
+    saver.wait()
+    assert checkpoints.committed_steps(tmp_path) == [2] and not (tmp_path / "1").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch, capsys):
+    saver = checkpoints.Checkpointer(tmp_path, keep=1, keep_steps=())
+    saver.save(1, small_state(), {}, b"")
+    saver.wait()
+    refuse = lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", refuse)
+        saver.save(2, small_state(), {}, b"")
+        saver.wait()
+    assert f"warning: {tmp_path / '1'}: not deleted (Permission denied)" in capsys.readouterr().out
+    assert checkpoints.committed_steps(tmp_path) == [1, 2]
+
+
 def test_a_manifest_vouches_for_finished_files_alone(tmp_path):
     """What another process is writing at this moment, its manifest, shifts nobody's share of the files."""
     names = ["run.json", "tokenizer.model", "state/d/0", "state/manifest.ocdbt", "state/x.json"]
@@ -196,11 +227,25 @@ def test_resolving_a_run_folder_or_a_step(tmp_path, saved):
         checkpoints.resolve(str(tmp_path))
 
 
+def test_resolving_never_walks_past_damage_in_silence(tmp_path, capsys):
+    saver = checkpoints.Checkpointer(tmp_path / "run" / "checkpoints", keep=2, keep_steps=())
+    for step in (1, 2):
+        saver.save(step, small_state(), {}, b"")
+        saver.wait()
+    for step, told in ((2, True), (1, False)):
+        (tmp_path / "run" / "checkpoints" / str(step) / "run.json").write_text("{ }")
+        if told:
+            assert checkpoints.resolve(str(tmp_path / "run")).name == "1"
+            assert "checkpoints/2 is damaged: run.json" in capsys.readouterr().out
+    with pytest.raises(InputError, match="every checkpoint is damaged; the newest: .*/2 is damaged: run.json"):
+        checkpoints.resolve(str(tmp_path / "run"))
+
+
 def test_settings_that_change_no_weight_do_not_stop_a_resume():
     """Every field of the model is either compared on resume or named as one that does not shape the weights."""
     fields = {field.name for field in dataclasses.fields(tiny.config().model)}
-    assert set(checkpoints.NOT_ARCHITECTURE) < fields
-    assert fields - set(checkpoints.NOT_ARCHITECTURE) == {
+    assert set(run_record.NOT_ARCHITECTURE) < fields
+    assert fields - set(run_record.NOT_ARCHITECTURE) == {
         "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "norm_eps", "rope_theta",
         "tie_embeddings",
     }  # fmt: skip

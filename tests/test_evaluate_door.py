@@ -198,10 +198,12 @@ def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model,
         ("--steps", "x", "--checkpoint", run): "--steps x: expected numbers with commas between them, or all",
         ("--steps", "7", "--checkpoint", run): "--steps 7: ",
         ("--steps", "all", "--checkpoint", run): "has no complete checkpoint yet",
-        ("--limit", "-1"): "argument --limit: invalid natural value: '-1'",
+        ("--limit", "-1"): "argument --limit: invalid positive value: '-1'",
+        ("--limit", "0"): "argument --limit: invalid positive value: '0'",
         ("--checkpoint", tmp_path / "nowhere"): "nowhere: no such folder",
         ("--checkpoint", bare): "bare: has no tokenizer.model",
-        ("--checkpoint", uniform, uniform): "are both called 'uniform'; rename one folder",
+        ("--checkpoint", uniform, bare): "bare: has no tokenizer.model",
+        ("--checkpoint", uniform, uniform): "would both be called 'uniform'; rename one folder",
         ("--checkpoint", data): "no complete checkpoint here",
     }
     for changed, expected in cases.items():
@@ -217,4 +219,4 @@ def test_bad_input_is_told_in_one_line(uniform, data, tmp_path, tokenizer_model,
         status = evaluate(*[word for name, values in options.items() for word in (name, *values)])
         told = capsys.readouterr().err
         assert status == 2 and expected in told and told.count("\n") == 1, (changed, status, told)
-    assert not (tmp_path / "o" / "tables.md").exists()
+    assert not (tmp_path / "o").exists()  # nothing was scored before the last of several models was found wanting

@@ -131,10 +131,12 @@ def test_a_conversation_ends_with_the_input(weights: Path):
         (["--prompt", "a", "--temperature", "-1"], "temperature: -1.0, expected 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: 0, expected 1 or more"),
         (["--prompt", "a", "--top-p", "0"], "top_p: 0.0, expected more than 0"),
+        (["--prompt", "a", "--output", "."], "--output .: is a folder; give the name of a file"),
     ],
 )
-def test_arguments_that_mean_nothing(more: list[str], message: str, tmp_path: Path):
+def test_arguments_that_mean_nothing(more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """They are refused before anything is loaded: there is no checkpoint here."""
+    monkeypatch.setattr(generate.sharding, "configure_jax", lambda compute: None)
     with pytest.raises(InputError, match=message):
         generate.main(arguments(tmp_path / "absent", *more))
 

@@ -243,6 +243,14 @@ def test_prompts_that_cannot_be_continued(wrong: list[list[int]], message: str):
         list(generator().stream(wrong[-1], greedy()))
 
 
+def test_broken_weights_write_nothing():
+    parameters = flat(MODEL) | {"norm": jnp.full_like(flat(MODEL)["norm"], jnp.nan)}
+    broken = Generator(MODEL, parameters, COMPUTE, mesh_of(1, 1, 1))
+    broken.batch_size = 4  # the programs of the others
+    with pytest.raises(InputError, match="prompt 0: a log-probability is not finite; the weights are broken"):
+        broken.generate([[1, 2]], greedy())
+
+
 def test_no_prompts_give_no_texts():
     assert generator().generate([], greedy()) == []
 

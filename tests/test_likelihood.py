@@ -211,6 +211,13 @@ def test_programs_are_compiled_once_per_length(tiny: Subject) -> None:
         assert scorer._program._cache_size() == 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_broken_weights_have_no_score(tiny: Subject) -> None:
+    """A NaN would make every option equally good, and the first the answer."""
+    broken = replace(tiny, arrays=tiny.arrays | {"norm": np.full_like(tiny.arrays["norm"], np.nan)})
+    with pytest.raises(InputError, match="request 0: log-probabilities .nan, nan., expected finite numbers"):
+        list(broken.scorer(mesh_of(1, 1, 1)).score([Asked("天", ("宇", "宙"))]))
+
+
 def test_results_come_as_batches_finish(one_device: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     start = one_device._start

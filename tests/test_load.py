@@ -59,7 +59,11 @@ def test_the_fingerprint_tells_weights_and_tokenizers_apart(tmp_path):
     assert found["one"] == found["same"] != found["other"]
     index["provenance"]["root"] = "2b3c" * 16
     (same / "weights.json").write_text(json.dumps(index), "utf-8")
-    assert loading.open_model(same).fingerprint != found["one"]
+    rooted = loading.open_model(same).fingerprint
+    assert rooted != found["one"]
+    index["model"]["norm_eps"] = 2e-3  # corrected: no tensor has changed, and every score has
+    (same / "weights.json").write_text(json.dumps(index), "utf-8")
+    assert loading.open_model(same).fingerprint != rooted
     assert other.is_dir()
 
 
@@ -67,7 +71,7 @@ def test_foreign_folders_are_converted_once_into_the_cache(tmp_path, monkeypatch
     """The door that converts is replaced by one that writes the weights a conversion would."""
     converted: list[tuple[str, str]] = []
 
-    def convert(kind: str, folder: str, output: Path) -> None:
+    def convert(kind: str, folder: str, output: Path, option: str) -> None:
         converted.append((kind, folder))
         weights_folder.write(output, MODEL, weights_folder.random_tensors(MODEL, np.float32), b"model")
 

@@ -25,9 +25,7 @@ def start_trainings(config: Path, count: int, devices_each: int, *arguments: str
 
 def start_processes(count: int, devices_each: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """Start `count` Python processes as torchrun would describe them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         tiny_run.start_python(
             *arguments, num_devices=devices_each, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -35,6 +33,12 @@ def start_processes(count: int, devices_each: int, *arguments: str) -> list[subp
         )
         for rank in range(count)
     ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_two_processes_stop_and_four_go_on(tmp_path):
@@ -109,6 +113,16 @@ run_door(main)
     assert "rank 1 failed, and with it the run: OSError: [Errno 28] No space left on device" in outputs[0]
     assert "a checkpoint could not be written ([Errno 28] No space left on device" in outputs[1]
     assert committed_steps(tmp_path) == [1]
+
+
+def test_torchrun_starts_a_run(tmp_path):
+    """The real one, which listens on MASTER_PORT itself."""
+    tiny_run.write_corpora(tmp_path)
+    config = tiny_run.write_config(tmp_path, mesh={"data": 2}, train={"max_steps": 2})
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    output = tiny_run.finish(tiny_run.start_python(*launcher, "-m", "panda_jax.train", "--config", str(config)))
+    assert "2 x cpu (cpu), data 2" in output and "done after 2 steps" in output
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "2" / "manifest-1-of-2.json").exists()
 
 
 def test_a_missing_process_is_reported(tmp_path):

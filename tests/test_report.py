@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib.axes
 import pytest
 
 from panda_jax.errors import InputError
 from panda_jax.evaluation.exam import Exam, sampled
 from panda_jax.evaluation.prompts import PROTOCOLS
 from panda_jax.evaluation.questions import Question
-from panda_jax.evaluation.report import Row, Sitting, plot_scores, publish, tables
+from panda_jax.evaluation.report import Row, Sitting, columns, plot_scores, publish, tables
 from panda_jax.evaluation.results import Answers
 from panda_jax.evaluation.tasks import TASKS
 
@@ -124,20 +125,68 @@ def test_a_sample_is_drawn_once():
 def test_answers_are_kept_and_damage_is_named(tmp_path):
     identity = {"task": "c3-d", "kind": "likelihood", "num_questions": 3}
     answers = Answers(tmp_path, identity)
-    answers.add({"index": 2}, write=True)
-    answers.add({"index": 0}, write=True)
+    answers.open()
+    answers.add({"index": 2})
+    answers.add({"index": 0})
     assert Answers(tmp_path, identity).missing() == [1]
     assert Answers(tmp_path, identity).in_order() == [{"index": 0}, {"index": 2}]
     assert Answers(tmp_path, identity | {"num_questions": 4}).missing() == [0, 1, 2, 3]
+    answers.close()
     whole = answers.path.read_bytes()
     answers.path.write_bytes(whole[:20])
     cut = Answers(tmp_path, identity)
     assert cut.missing() == [0, 1, 2]
-    cut.add({"index": 1}, write=True)
+    cut.open()
+    cut.add({"index": 1})
+    cut.close()
     assert Answers(tmp_path, identity).missing() == [0, 2]
     answers.path.write_bytes(whole.replace(b'{"index": 2}', b'{"index": '))
     with pytest.raises(InputError, match=rf"{answers.path}:2: damaged .*delete the file"):
         Answers(tmp_path, identity)
+
+
+def test_answers_have_one_writer_at_a_time(tmp_path):
+    """Who reads meanwhile changes nothing, not even a line half written; who waits finds what the first wrote."""
+    identity = {"task": "c3-d", "kind": "likelihood", "num_questions": 3}
+    first, second = Answers(tmp_path, identity), Answers(tmp_path, identity)
+    first.open()
+    first.add({"index": 0})
+    with first.path.open("ab") as file:
+        file.write(b'{"index": 1')
+    half = first.path.read_bytes()
+    with pytest.raises(InputError, match="another evaluation is writing these answers; wait for it"):
+        second.open()
+    assert Answers(tmp_path, identity).missing() == [1, 2]
+    assert first.path.read_bytes() == half
+    first.close()
+    assert second.missing() == [0, 1, 2]
+    second.open()
+    assert second.missing() == [1, 2]
+    second.add({"index": 2})
+    second.close()
+    assert Answers(tmp_path, identity).in_order() == [{"index": 0}, {"index": 2}]
+
+
+def test_an_answer_that_is_hidden_does_not_count_in_its_subject():
+    """Of logic's two questions one has no public answer; law's one is right: 1 of 2, and macro (0 + 1) / 2."""
+    exam = exam_of("ceval", "likelihood", [0, None, 1], ["logic", "logic", "law"])
+    summary = chosen(exam, [3, 0, 1]).summary()
+    assert (summary["micro"], summary["macro"]) == (0.5, 0.5)
+    assert summary["by_subject"] == {"logic": 0.0, "law": 1.0}
+
+
+def test_every_column_is_in_the_figure(tmp_path, monkeypatch):
+    """Nine tasks of the likelihood protocol are nine lines, one marker more than there are."""
+    names = [name for name in TASKS if name in PROTOCOLS["likelihood"].wordings]
+    sittings = {(name, "likelihood"): chosen(exam_of(name, "likelihood", [0, 1, 2, 3]), [0, 1, 0, 0]) for name in names}
+    rows = [Row(f"model step {step}", step, sittings) for step in (10, 20)]
+    drawn: list[str] = []
+    errorbar = matplotlib.axes.Axes.errorbar
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "errorbar", lambda self, *a, **k: drawn.append(k["label"]) or errorbar(self, *a, **k)
+    )
+    assert plot_scores(rows, tmp_path / "scores.png")
+    assert len(drawn) == len(set(drawn)) == len(columns(rows, "likelihood")) > 8
 
 
 def test_two_models_of_one_name_are_told_apart_by_their_weights():

@@ -353,6 +353,10 @@ def test_doors_turn_failures_into_exit_statuses(capsys: pytest.CaptureFixture[st
     wrapped.__cause__ = OSError(errno.EROFS, "x", "runs")
     expected = "error: runs: Read-only file system; choose a folder that can be written\n"
     assert status_of(capsys, wrapped) == (2, expected)
+    full = type("JaxRuntimeError", (RuntimeError,), {})("RESOURCE_EXHAUSTED: Out of memory.\n  at x")
+    status, told = status_of(capsys, full)
+    assert status == 2 and told.count("\n") == 1 and "train.micro_batch_size" in told
+    assert told.startswith("error: the memory of a device is full (RESOURCE_EXHAUSTED: Out of memory.)")
     status, told = status_of(capsys, ZeroDivisionError("our fault"))
     assert status == 1 and told.startswith("Traceback") and told.endswith("ZeroDivisionError: our fault\n")
 

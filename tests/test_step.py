@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 import torch
@@ -129,6 +132,17 @@ def test_three_adamw_steps_equal_torch():
         adamw.step()
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value.detach().numpy(), atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_adafactor_clips_the_update_of_each_layer_by_itself():
+    """Two stacked matrices and one alone; the root mean squares of their updates are 4, 0.5 and 2, the limit is 1."""
+    updates = {
+        "layers.w": jnp.array([[[4.0, -4.0], [4.0, 4.0]], [[0.5, 0.5], [-0.5, 0.5]]]),
+        "embed": jnp.array([[2.0, -2.0], [2.0, 2.0]]),
+    }
+    clipped: Any = steps._clip_by_rms(1.0).update(updates, optax.EmptyState(), None)[0]
+    np.testing.assert_allclose(clipped["layers.w"], [[[1, -1], [1, 1]], [[0.5, 0.5], [-0.5, 0.5]]], rtol=1e-6)
+    np.testing.assert_allclose(clipped["embed"], [[1, -1], [1, 1]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import tiny_run
 import weights_folder
 import yaml
 
-from panda_jax import train
+from panda_jax import sharding, train
 from panda_jax.command_line import exit_status
 from panda_jax.config import Model
-from panda_jax.training import loop
-from panda_jax.training.checkpoint import committed_steps
+from panda_jax.training import loop, start
+from panda_jax.training.checkpoint import Checkpointer, committed_steps
 
 pytestmark = pytest.mark.whole_run
 
@@ -160,11 +160,11 @@ def test_a_changed_run_is_not_resumed(world, capsys):
 
 
 def test_stage_two_starts_from_the_weights_of_stage_one(world, capsys):
-    start = {"init_from": {"checkpoint": str(world / "runs" / "whole")}}
+    whole = {"init_from": {"checkpoint": str(world / "runs" / "whole")}}
     one_step = {"max_steps": 1}
     assert (
         exit_status(
-            train.main, arguments(world, "second", model=start, train=one_step, optimizer={"learning_rate": 1e-30})
+            train.main, arguments(world, "second", model=whole, train=one_step, optimizer={"learning_rate": 1e-30})
         )
         == 0
     )
@@ -175,11 +175,92 @@ def test_stage_two_starts_from_the_weights_of_stage_one(world, capsys):
     assert len(names) == 12
     for name in names:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
-    assert exit_status(train.main, arguments(world, "third", "model.num_layers=3", model=start, train=one_step)) == 2
+    assert exit_status(train.main, arguments(world, "third", "model.num_layers=3", model=whole, train=one_step)) == 2
     assert "model.num_layers 2, this run 3; write `num_layers: 2` under `model:`" in capsys.readouterr().err
     empty = {"init_from": {"checkpoint": str(world / "runs")}}
     assert exit_status(train.main, arguments(world, "third", model=empty)) == 2
     assert "no complete checkpoint here" in capsys.readouterr().err
+
+
+def test_a_refused_start_leaves_the_checkpoints_where_they_are(world, capsys):
+    before = sorted(path.name for path in (copy_run(world, "refused") / "checkpoints").iterdir())
+    assert exit_status(train.main, arguments(world, "refused", "--resume", "15", "seed=1")) == 2
+    assert "cannot resume, seed was 42, is 1" in capsys.readouterr().err
+    other = {"init_from": {"checkpoint": str(world / "runs" / "whole")}, "num_layers": 3}
+    assert exit_status(train.main, arguments(world, "refused", "--resume", "never", model=other)) == 2
+    assert "model.num_layers 2, this run 3" in capsys.readouterr().err
+    assert exit_status(train.main, arguments(world, "refused", train={"max_steps": 19})) == 2
+    assert "refused/checkpoints/20: this run ends before that checkpoint, after 19 steps" in capsys.readouterr().err
+    assert sorted(path.name for path in (world / "runs" / "refused" / "checkpoints").iterdir()) == before
+
+
+def test_a_resume_tells_which_settings_have_changed(world, capsys):
+    copy_run(world, "changed-settings")
+    changed = arguments(world, "changed-settings", "optimizer.beta2=0.5", train={"max_steps": 21})
+    assert exit_status(train.main, changed) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("resuming after step 20"))
+    told = [line.strip() for line in lines[first + 1 : lines.index(next(x for x in lines if x.startswith("run  ")))]]
+    # The copy has another name, too.
+    assert sorted(told) == [
+        "name: whole -> changed-settings", "optimizer.beta2: 0.99 -> 0.5", "train.max_steps: 20 -> 21"
+    ]  # fmt: skip
+    off = arguments(world, "changed-settings", "optimizer.weight_decay=0.25", train={"max_steps": 22})
+    assert exit_status(train.main, off) == 2
+    assert "a resume cannot turn optimizer.weight_decay or momentum on or off" in capsys.readouterr().err
+
+
+def test_a_run_is_trained_by_one_start_at_a_time(world, capsys):
+    with start.taken(world / "runs" / "whole"):
+        assert exit_status(train.main, arguments(world, "whole")) == 2
+    assert "runs/whole: another process trains this run; wait for it" in capsys.readouterr().err
+    assert exit_status(train.main, arguments(world, "whole")) == 0
+    assert not list((world / "runs").glob(".*"))
+
+
+def test_a_signal_during_the_last_save_does_not_kill_it(world, monkeypatch):
+    wait = Checkpointer.wait
+
+    def interrupted(self: Checkpointer) -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(Checkpointer, "wait", interrupted)
+    assert exit_status(train.main, arguments(world, "late", train={"max_steps": 1})) == 0
+    assert committed_steps(world / "runs" / "late" / "checkpoints") == [1]
+
+
+def test_the_held_out_loss_takes_no_more_rows_at_a_time_than_a_step(world, monkeypatch):
+    """8 held-out records in rows of their own; 4 devices of 1 row each take 4 at a time, and the loss is the same."""
+    sizes: list[int] = []
+    spread = sharding.to_global
+
+    def recorded(batch: Any, rows: Any, mesh: Any, size: int) -> Any:
+        sizes.append(size)
+        return spread(batch, rows, mesh, size)
+
+    monkeypatch.setattr(sharding, "to_global", recorded)
+    one = {"max_steps": 1}
+    for name, micro_batch_size in (("at-once", None), ("in-parts", 1)):
+        sizes.clear()
+        train_settings = one | {"micro_batch_size": micro_batch_size}
+        assert exit_status(train.main, arguments(world, name, train=train_settings)) == 0
+        assert set(sizes) == ({8} if micro_batch_size is None else {8, 4})
+    losses = [
+        [json.loads(line) for line in (world / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for name in ("at-once", "in-parts")
+    ]
+    at_once, in_parts = ([line["held_out_loss"] for line in lines if "held_out_loss" in line] for lines in losses)
+    assert len(at_once) == 2
+    np.testing.assert_allclose(in_parts, at_once, rtol=1e-6)
+
+
+def test_a_run_that_starts_over_keeps_no_record_of_the_former(world):
+    copy_run(world, "over")
+    assert exit_status(train.main, arguments(world, "over", "--resume", "never", train={"max_steps": 1})) == 0
+    lines = [json.loads(line) for line in (world / "runs" / "over" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 1]
 
 
 def test_what_a_config_names_is_looked_for_before_the_data_are_prepared(world, capsys, monkeypatch):
@@ -195,6 +276,12 @@ def test_what_a_config_names_is_looked_for_before_the_data_are_prepared(world, c
     tasks = {"tasks": ["c3-d"], "data": str(world)}
     assert exit_status(train.main, arguments(world, "unborn", eval=tasks)) == 2
     assert "1 of 1 files missing (c3-d-test.json)" in capsys.readouterr().err
+    for resume, said in (("lastest", "expected auto, never or the step"), ("7", "no complete checkpoint of step 7")):
+        assert exit_status(train.main, arguments(world, "whole", "--resume", resume)) == 2
+        assert said in capsys.readouterr().err
+    for wrong in ("train.trainable=['nothing']", "train.global_batch_size=6", "compute.attention=cudnn"):
+        assert exit_status(train.main, arguments(world, "unborn", wrong)) == 2
+        assert wrong.partition("=")[0] in capsys.readouterr().err
     assert prepared == [] and not (world / "runs" / "unborn").exists()
     assert exit_status(train.main, arguments(world, "whole", model=missing)) == 0
     assert prepared == ["whole"]
@@ -237,7 +324,7 @@ def test_a_non_finite_gradient_stops_with_the_records_named(world, capsys):
     assert "non-finite gradient; the parameters are those before it and are saved" in captured.err
     assert "records: " in captured.out and "texts.jsonl:" in captured.out
     steps = committed_steps(world / "runs" / "exploding" / "checkpoints")
-    assert f"step {steps[-1]}: non-finite" in captured.err
+    assert f"step {steps[-1] + 1}: non-finite" in captured.err
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_refused(world, capsys, monkeypatch):

@@ -3,9 +3,9 @@
     caches' lengths -> held-out windows set aside -> uses of each window per pass (`epochs` or `weight`)
                     -> one seeded order over all sources -> rows of seq_len -> global batches
 
-A plan depends on the lengths, on config.data, on config.train.{epochs, global_batch_size} and on config.seed, and on
-nothing else. So a resume is a step number, and the number of processes, loader workers or micro-batches cannot
-change what a step sees.
+A plan depends on the windows' lengths and records, on config.data, on config.train.{epochs, max_steps,
+global_batch_size} and on config.seed, and on nothing else. So a resume is a step number, and the number of processes,
+loader workers or micro-batches cannot change what a step sees.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ PLAIN_INTERVAL_S = 30.0
 
 
 class Display:
-    """Shows Progress reports on standard error. Use it as a context manager and pass it to `cache.prepare`."""
+    """Shows Progress reports on standard error. Use it as a context manager and pass it to `preparation.prepare`."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

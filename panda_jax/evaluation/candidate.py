@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from panda_jax import sharding
 from panda_jax.config import Compute, Model
 from panda_jax.errors import InputError
 from panda_jax.evaluation.exam import Exam, Record
 from panda_jax.evaluation.likelihood import Scorer
+from panda_jax.evaluation.prompts import Protocol
 from panda_jax.evaluation.results import Answers
 from panda_jax.generation.decode import Generator, Sampling, decoding
 from panda_jax.text.tokenizer import Tokenizer
@@ -41,11 +43,20 @@ class Candidate:
 
         The first process writes. What it finds on its disk decides for all, since others may not see that disk.
         """
-        missing = _same_everywhere(answers.missing(), len(exam.questions))
-        done = len(exam.questions) - len(missing)
-        for number, record in enumerate(self.answer(exam, missing), start=1):
-            answers.add(record, write=jax.process_index() == 0)
-            progress(done + number)
+        size = len(exam.questions)
+        if not _same_everywhere(answers.missing(), size):
+            progress(size)
+            return
+        sharding.by_first(f"{answers.path} opened for {exam.protocol.name}", answers.open)
+        try:
+            missing = _same_everywhere(answers.missing(), size)
+            done = size - len(missing)
+            progress(done)
+            for number, record in enumerate(self.answer(exam, missing), start=1):
+                answers.add(record)
+                progress(done + number)
+        finally:
+            answers.close()
 
     def answer(self, exam: Exam, indices: Sequence[int]) -> Iterator[Record]:
         """Yield the record of each of the questions `indices` as it comes, in any order."""
@@ -96,12 +107,8 @@ class Candidate:
         """
         ids = [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
         kept = ids[: exam.protocol.max_input_tokens]
+        check_context(exam.protocol, self._model)
         room = self._model.context_length - (exam.protocol.max_new_tokens or 0)
-        if room < 1:
-            raise InputError(
-                f"protocol {exam.protocol.name} writes {exam.protocol.max_new_tokens} tokens, and the model's context "
-                f"is {self._model.context_length}; choose a likelihood protocol"
-            )
         if len(kept) > room:
             kept = [self._tokenizer.bos_id, *kept[len(kept) - room + 1 :]]
         return kept, len(kept) < len(ids)
@@ -109,6 +116,15 @@ class Candidate:
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(self._model, self.parameters, self._compute, self._mesh, self._tokenizer)
+
+
+def check_context(protocol: Protocol, model: Model) -> None:
+    """Raise InputError where what the protocol has a model write leaves no room for a prompt in its context."""
+    if model.context_length <= (protocol.max_new_tokens or 0):
+        raise InputError(
+            f"protocol {protocol.name} writes {protocol.max_new_tokens} tokens, and the model's context is "
+            f"{model.context_length}; choose a likelihood protocol"
+        )
 
 
 def _before(ids: Sequence[int], end: int) -> Sequence[int]:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from panda_jax.config import Compute, Model
+from panda_jax.errors import InputError
 from panda_jax.evaluation.rows import (
     NO_OPTION,
     OPTIONS_OF_ROW,
@@ -83,6 +84,7 @@ class Scorer:
         self._num_groups = prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"][1] or ())
         self._sharding = NamedSharding(mesh, BATCH_SPEC)
         self._whole = NamedSharding(mesh, PartitionSpec())
+        self._dtype = compute.dtype
         self._portions = PORTIONS[mesh.devices.flat[0].platform]
         settings = replace(compute, remat="none")
         program = partial(
@@ -116,6 +118,11 @@ class Scorer:
                 if waiting[row.question] == 0:
                     options = questions[row.question]
                     sums, greedy = totals.pop(row.question)
+                    if not np.isfinite(sums).all():
+                        raise InputError(
+                            f"request {row.question}: log-probabilities {sums.tolist()}, expected finite numbers; the "
+                            f"weights are broken, or overflow in {self._dtype}: look at them, or try --dtype float32"
+                        )
                     truncated = sum(num_dropped(option, context_length) > 0 for option in options)
                     yield row.question, ChoiceScores(tuple(sums.tolist()), tuple(greedy.tolist()), truncated)
 

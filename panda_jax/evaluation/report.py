@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Sitting:
             found[f"{metric}_95"] = [score.low, score.high]
             found[f"{metric}_stderr"] = score.stderr
         if self.exam.task.subjects and self.metrics:
-            by_subject = averages([self._subject(record) for record in self.records], hits(self.records, "acc"))
+            known = [record for record in self.records if record["correct"] is not None]
+            by_subject = averages([self._subject(record) for record in known], hits(known, "acc"))
             found |= {"micro": by_subject.micro, "macro": by_subject.macro}
             found["by_subject"] = {name: score.value for name, score in by_subject.by_subject.items()}
         if self.exam.protocol.kind == "generative":
@@ -78,9 +80,10 @@ class Row:
         """What the rows of one run share."""
         return self.label.removesuffix(f" step {self.step}")
 
-    @property
-    def folder_name(self) -> str:
-        return self.label.replace(" ", "-")
+
+def folder_name(label: str) -> str:
+    """Return the name of the folder that holds a row's scores."""
+    return label.replace(" ", "-")
 
 
 def publish(rows: Sequence[Row], folder: Path, say: Callable[[str], None]) -> None:
@@ -93,7 +96,7 @@ def publish(rows: Sequence[Row], folder: Path, say: Callable[[str], None]) -> No
     """
     for row in rows:
         for (task, protocol), sitting in row.sittings.items():
-            place = folder / row.folder_name / f"{task}-{protocol}"
+            place = folder / folder_name(row.label) / f"{task}-{protocol}"
             write_json(place.with_suffix(".json"), sitting.whole())
             if not sitting.metrics:
                 letters = [
@@ -257,7 +260,7 @@ def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
     figure = matplotlib.figure.Figure(figsize=(5.2 * len(names), 4.2), layout="constrained")
     for axes, protocol in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for number, (run, own) in enumerate(runs.items()):
-            for column, marker in zip(columns(own, protocol), "osD^v<>P", strict=False):
+            for column, marker in zip(columns(own, protocol), itertools.cycle("osD^v<>P"), strict=False):
                 scores = [row.sittings[column[:2]].accuracy(column[2]) for row in own]
                 below = [100 * (score.value - score.low) for score in scores]
                 above = [100 * (score.high - score.value) for score in scores]

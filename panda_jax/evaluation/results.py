@@ -8,11 +8,12 @@ which they were computed; each names its question by its index.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from panda_jax.errors import InputError
 
@@ -23,24 +24,50 @@ class Answers:
     """One model's answers to the questions of one exam."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Open what an earlier run with the same identity left, or nothing; a line that a kill cut is dropped.
+        """Read what earlier runs with the same identity left, or nothing.
 
-        Raises InputError where the file is damaged in another way.
+        Raises InputError where the file is damaged, unless a kill cut its last line.
         """
         self.identity = json.loads(json.dumps(identity))
         text = json.dumps(self.identity, ensure_ascii=False, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.path = folder / f"{identity['task']}-{identity['kind']}-{digest[:8]}.jsonl"
         self._by_index: dict[int, Record] = {}
+        self._file: BinaryIO | None = None
         if self.path.is_file():
             self._read()
 
-    def _read(self) -> None:
-        whole = self.path.read_bytes()
-        lines = whole.splitlines(keepends=True)
+    def open(self) -> None:
+        """Make this the one process that writes the file until it is closed, and read what others have written since.
+
+        Raises InputError where another process is writing it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(
+                f"{self.path}: another evaluation is writing these answers; wait for it, or choose another --output"
+            ) from None
+        whole_lines = self._read()
+        file.truncate(whole_lines)
+        self._file = file
+        if not whole_lines:
+            self._append(self.identity)
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _read(self) -> int:
+        """Take in every whole line; return how many bytes they are."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole) - len(lines.pop()))
+            lines.pop()
         for number, line in enumerate(lines, start=1):
             try:
                 found = json.loads(line)
@@ -52,27 +79,22 @@ class Answers:
                 raise InputError(
                     f"{self.path}:{number}: damaged ({error}); delete the file, and its questions are asked again"
                 ) from error
+        return sum(map(len, lines))
 
     def missing(self) -> list[int]:
         """Return the indices of the questions without an answer, ascending."""
         return [index for index in range(self.identity["num_questions"]) if index not in self._by_index]
 
-    def add(self, record: Record, write: bool) -> None:
-        """Keep a record, which has its question's `index`; `write`: in the file too, by one process of the run."""
-        if write:
+    def add(self, record: Record) -> None:
+        """Keep a record, which has its question's `index`; in the file too where this process has opened it."""
+        if self._file is not None:
             self._append(record)
         self._by_index[record["index"]] = record
 
-    def _append(self, record: Record) -> None:
-        lines = [record]
-        if not self._by_index:
-            # Whatever is there was cut within its first line.
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(b"")
-            lines = [self.identity, record]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with self.path.open("ab") as file:
-            file.write(text.encode())
+    def _append(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
 
     def in_order(self) -> list[Record]:
         """Return every record in the order of the questions."""

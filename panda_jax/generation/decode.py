@@ -88,6 +88,11 @@ class Generator:
             logprobs = np.concatenate([round_logprobs for _, round_logprobs in written], axis=1)
             for row, number in enumerate(batch):
                 results[number] = _without_stop(ids[row], logprobs[row], sampling.stop_ids)
+                if not np.isfinite(results[number].logprobs).all():
+                    raise InputError(
+                        f"prompt {number}: a log-probability is not finite; the weights are broken, or overflow in "
+                        f"{self.compute.dtype}: look at them, or try --dtype float32"
+                    )
         return [results[number] for number in range(len(prompts))]
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, float]]:

@@ -9,16 +9,13 @@ A checkpoint exists once all P manifests do; anything less is the debris of a ki
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
-import platform
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +24,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from panda_jax import settings
 from panda_jax.atomic import write_atomically
-from panda_jax.config import Config
-from panda_jax.data.cache import TokenCache
-from panda_jax.data.packing import Plan
 from panda_jax.errors import InputError
-from panda_jax.sharding import by_first, together
-from panda_jax.text.tokenizer import Tokenizer
+from panda_jax.sharding import by_first, say, together
 
-# Settings of the model that may differ between the run that wrote the weights and the run that reads them.
-NOT_ARCHITECTURE = ("size", "init_from", "init_std", "context_length")
 MANIFEST = re.compile(r"manifest-(\d+)-of-(\d+)\.json")
 COVERED = ("run.json", "tokenizer.model", "state/**/*")
 # An array lies on the disk in pieces of at most this size, so that a part of it can be read without the rest.
@@ -90,15 +80,22 @@ def find_damage(checkpoint: Path, share: slice = slice(None)) -> str | None:
     return None
 
 
+def check_committed(folder: Path, step: int) -> None:
+    """Raise InputError where there is no complete checkpoint of `step`."""
+    steps = committed_steps(folder)
+    if step not in steps:
+        raise InputError(f"{folder}: no complete checkpoint of step {step}; there are {steps or 'none'}")
+
+
 def find_good(folder: Path, wanted: int | None, say: Callable[[str], None]) -> int | None:
     """Return the newest undamaged step (or check that `wanted` is one); None when no checkpoint was ever written.
 
     Every process hashes its share of the files and all agree on the answer. Raises InputError when a named step is
     absent or damaged, and when checkpoints exist but none of them is good: a run never silently starts over.
     """
+    if wanted is not None:
+        check_committed(folder, wanted)
     steps = committed_steps(folder)
-    if wanted is not None and wanted not in steps:
-        raise InputError(f"{folder}: no complete checkpoint of step {wanted}; there are {steps or 'none'}")
     share = slice(jax.process_index(), None, jax.process_count())
     for step in [wanted] if wanted is not None else reversed(steps):
         damage = find_damage(folder / str(step), share)
@@ -121,10 +118,17 @@ def resolve(path: str) -> Path:
         if damage := find_damage(given):
             raise InputError(f"{given} is damaged: {damage}; use another step")
         return given
+    damaged = []
     for folder in (given / "checkpoints", given):
         for step in reversed(committed_steps(folder)):
-            if find_damage(folder / str(step)) is None:
+            damage = find_damage(folder / str(step))
+            if damage is None:
+                for text in damaged:
+                    say(f"warning: {text}; step {step} is taken instead")
                 return folder / str(step)
+            damaged.append(f"{folder / str(step)} is damaged: {damage}")
+    if damaged:
+        raise InputError(f"{path}: every checkpoint is damaged; the newest: {damaged[0]}")
     raise InputError(f"{path}: no complete checkpoint here; give a run folder or one of its checkpoints/<step> folders")
 
 
@@ -150,9 +154,18 @@ def _parts(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def restore(checkpoint: Path, shapes: dict[str, Any]) -> dict[str, Any]:
     """Return the state saved in `checkpoint`, laid out as `shapes` (ShapeDtypeStructs with shardings) asks.
 
-    `healthy` is not stored: a run that was stopped by a non-finite gradient gets its chance to go on.
+    `healthy` is not stored: a run that was stopped by a non-finite gradient gets its chance to go on. Raises InputError
+    where the optimizer has kept other things than this one keeps.
     """
     wanted = _parts(shapes)
+    saved = ocp.checkpointables_metadata(arrays_folder(checkpoint)).metadata
+    differing = set(saved.get("optimizer") or {}) ^ set(wanted.get("optimizer") or {})
+    if differing:
+        raise InputError(
+            f"{checkpoint}: this optimizer keeps another state than the one that was saved, they differ in "
+            f"{min(differing)!r}; a resume cannot turn optimizer.weight_decay or momentum on or off: restore the old "
+            f"value, or start again from these weights with model.init_from"
+        )
     loaded = ocp.load_checkpointables(arrays_folder(checkpoint), wanted)
     optimizer = [loaded["optimizer"][name] for name in _named(shapes["optimizer"])] if "optimizer" in wanted else []
     return loaded["progress"] | {
@@ -183,83 +196,23 @@ def saved_parameter_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in metadata.items()}
 
 
-# ---- what makes a run this run --------------------------------------------------------------------------------------
-
-
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """Return what run.json says of the run that wrote the checkpoint."""
-    return json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
-
-
-def describe_run(config: Config, tokenizer: Tokenizer, caches: Sequence[TokenCache], plan: Plan) -> dict[str, Any]:
-    """Return the content of run.json: `must_match` holds what a resume may not change, by the name users know."""
-    model = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in NOT_ARCHITECTURE}
-    must_match = {f"model.{name}": value for name, value in model.items()}
-    must_match |= {
-        "tokenizer": tokenizer.fingerprint,
-        "objective": config.objective,
-        "optimizer.kind": config.optimizer.kind,
-        "train.trainable": config.train.trainable,
-        "train.global_batch_size": config.train.global_batch_size,
-        "data.seq_len": config.data.seq_len,
-        "seed": config.seed,
-    }
-    for cache in caches:
-        must_match[f"template of {cache.source}"] = cache.manifest["template"]
-        must_match[f"data of {cache.source}"] = cache.fingerprint
-    must_match["order of the data"] = plan.fingerprint
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-    }
-    return {
-        "must_match": json.loads(json.dumps(must_match)),
-        "model": {name: value for name, value in dataclasses.asdict(config.model).items() if name != "init_from"},
-        "versions": versions | {"panda_jax": _own_version(), "python": platform.python_version()},
-        "config": settings.to_yaml(config),
-    }
-
-
-def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Raise InputError that lists what has changed between the run that wrote `checkpoint` and this one."""
-    saved, now = read_run(checkpoint)["must_match"], run["must_match"]
-    changed = [
-        f"{name} was {_short(saved.get(name))}, is {_short(now.get(name))}"
-        for name in {**saved, **now}
-        if saved.get(name) != now.get(name)
-    ]
-    if changed:
-        # A changed template changes the data, and changed data change the order: the first cause alone is worth saying.
-        causes = [change for change in changed if not change.startswith(("data of", "order of the data"))]
-        causes = causes or [change for change in changed if change.startswith("data of")] or changed
-        raise InputError(f"{checkpoint}: cannot resume, {'; '.join(causes)}; restore the old settings, rename the run, "
-                         f"or start again from these weights with model.init_from")  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text[:12] + "…" if len(text) == 64 else text
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("panda-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
-
-
 # ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what killed saves left behind, checkpoints that no process vouches for."""
+    for path in folder.glob("*"):
+        if path.name.isdigit() and not manifests(path):
+            shutil.rmtree(path)
 
 
 def set_aside_newer(folder: Path, step: int) -> list[str]:
     """Rename the checkpoints after `step` so that a resumed run cannot pick up a future that is not its own.
 
-    What a killed save left behind is deleted. Returns the new names.
+    Returns the new names.
     """
     renamed = []
     for newer in [path for path in folder.glob("*") if path.name.isdigit() and int(path.name) > step]:
-        if not manifests(newer):
-            shutil.rmtree(newer)
-            continue
         target = next(
             name
             for attempt in itertools.count()
@@ -285,6 +238,10 @@ def _write_manifest(checkpoint: Path) -> None:
     write_atomically(checkpoint / f"manifest-{process}-of-{processes}.json", [manifest])
 
 
+def _told(failure: BaseException) -> str:
+    return f"a checkpoint could not be written ({' '.join(str(failure).split())[:300]})"
+
+
 class Checkpointer:
     """Saves states of one run in the background; at most one save is in flight."""
 
@@ -298,12 +255,14 @@ class Checkpointer:
     def save(self, step: int, state: dict[str, Any], run: dict[str, Any], tokenizer_model: bytes) -> None:
         """Start saving; returns once the arrays are copied, so that the next step may donate them.
 
-        Raises InputError if the previous save failed, or if the disk has no room for this one.
+        A former save that failed has been reported, and makes way for this one. Raises InputError if the disk has no
+        room for it.
         """
-        self.wait()
+        self._join()
         checkpoint = self._folder / str(step)
 
         def make_folder() -> None:
+            delete_unfinished(self._folder)
             if checkpoint.exists():
                 shutil.rmtree(checkpoint)
             checkpoint.mkdir(parents=True)
@@ -320,17 +279,19 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Block until the save in flight is committed; raise InputError that names it if it failed."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        """Block until the save in flight is committed; raise InputError if it failed."""
+        failure = self._join()
+        if failure is not None:
             raise InputError(
-                f"{self._folder}: a checkpoint could not be written ({' '.join(str(failure).split())[:300]}); "
-                f"older ones are untouched; free some space and resume"
+                f"{self._folder}: {_told(failure)}; older ones are untouched; free some space and resume"
             ) from failure
+
+    def _join(self) -> BaseException | None:
+        """Block until no save is in flight; return what made the last one fail."""
+        if self._thread is not None:
+            self._thread.join()
+        failure, self._thread, self._failure = self._failure, None, None
+        return failure
 
     def _finish(self, checkpoint: Path, response: Any) -> None:
         """Wait for the arrays, have every process vouch for its share of the files, and delete old checkpoints."""
@@ -339,15 +300,20 @@ class Checkpointer:
             together(f"checkpoint {checkpoint.name} written", response.result)
             # Only then is the new checkpoint complete; counted before, it would let one old checkpoint too many live.
             together(f"checkpoint {checkpoint.name} committed", lambda: _write_manifest(checkpoint))
-            if jax.process_index() == 0:
-                self._delete_old()
-        except BaseException as failure:  # surfaces in wait(), on the thread that can act on it
+        except BaseException as failure:  # wait() raises it, on the thread that can act on it
             self._failure = failure
+            say(f"warning: {checkpoint}: {_told(failure)}; training goes on, and the next save tries again")
+            return
+        if jax.process_index() == 0:
+            self._delete_old()
 
     def _delete_old(self) -> None:
         periodic = [step for step in committed_steps(self._folder) if step not in self._keep_steps]
         for step in periodic[: -self._keep]:
-            shutil.rmtree(self._folder / str(step))
+            try:
+                shutil.rmtree(self._folder / str(step))
+            except OSError as error:
+                say(f"warning: {self._folder / str(step)}: not deleted ({error.strerror}), and it takes room")
 
     def check_room(self, state: dict[str, Any]) -> None:
         """Raise InputError unless the disk has room for one more checkpoint of `state`; better now than in an hour."""

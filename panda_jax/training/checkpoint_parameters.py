@@ -11,6 +11,7 @@ import tensorstore
 from panda_jax.config import Model
 from panda_jax.errors import InputError
 from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training import run_record
 from panda_jax.weights import Lazy, Weights, from_model, is_weights_folder, open_weights, stored_shapes
 
 
@@ -27,7 +28,7 @@ def open_parameters(checkpoint: Path) -> Weights:
 
     `checkpoint` is what resolve() returned, which has verified its files.
     """
-    run = checkpoints.read_run(checkpoint)
+    run = run_record.read(checkpoint)
     if "model" not in run:
         raise InputError(f"{checkpoint / 'run.json'}: no `model`, it is from an older panda_jax; resume and save anew")
     model, start = Model(**run["model"]), run.get("init_from") or {}

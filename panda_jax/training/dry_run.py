@@ -44,6 +44,8 @@ def dry_run(config: Config, memory_bytes: int) -> tuple[str, bool]:
     """
     # The devices are simulated, whatever platform the run itself asks for.
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, platform=None))
+    if config.compute.attention == "cudnn":  # which they lack; it needs no more memory than ours
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
     run_steps = config.train.max_steps or config.schedule.total_steps or 1000
     step = steps.build(config, mesh, run_steps)
     start = time.perf_counter()

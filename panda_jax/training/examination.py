@@ -16,12 +16,12 @@ from panda_jax import sharding
 from panda_jax.config import Compute
 from panda_jax.config import Mesh as MeshConfig
 from panda_jax.errors import InputError
-from panda_jax.evaluation.candidate import Candidate
+from panda_jax.evaluation.candidate import Candidate, check_context
 from panda_jax.evaluation.exam import Exam
-from panda_jax.evaluation.report import Row, Sitting
+from panda_jax.evaluation.report import Row, Sitting, folder_name
 from panda_jax.evaluation.results import Answers
 from panda_jax.training import checkpoint as checkpoints
-from panda_jax.training.load import find, open_model, place
+from panda_jax.training.load import Opened, find, open_model, place, shapes_on, verified
 
 LINE_EVERY_S = 30
 
@@ -50,19 +50,21 @@ def find_models(
     found: list[Examinee] = []
     for path in given:
         found += _steps_of(path, steps) if steps is not None and path in runs else [_whole(path, cache_dir, say)]
-    labels = [examinee.label for examinee in found]
-    for label in labels:
-        if labels.count(label) > 1:
-            places = " and ".join(str(examinee.source) for examinee in found if examinee.label == label)
-            raise InputError(f"--checkpoint: {places} are both called {label!r}; rename one folder")
+    folders = [folder_name(examinee.label) for examinee in found]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            places = " and ".join(str(examinee.source) for examinee in found if folder_name(examinee.label) == folder)
+            raise InputError(f"--checkpoint: {places} would both be called {folder!r}; rename one folder")
     return found
 
 
 def _whole(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Examinee:
     source = find(path, cache_dir, say)
-    if source.name.isdigit() and source.parent.name == "checkpoints":
-        return Examinee(f"{source.parent.parent.name} step {source.name}", int(source.name), source)
-    return Examinee(path.resolve().name, None, source)
+    whole = source.absolute().resolve()
+    if whole.name.isdigit() and whole.parent.name == "checkpoints":
+        return Examinee(f"{whole.parent.parent.name} step {whole.name}", int(whole.name), source)
+    # A link has the name that its maker chose.
+    return Examinee(path.absolute().name, None, source)
 
 
 def _steps_of(run: Path, steps: str) -> list[Examinee]:
@@ -71,7 +73,7 @@ def _steps_of(run: Path, steps: str) -> list[Examinee]:
     for step in there if steps == "all" else [_step(text, steps) for text in steps.split(",")]:
         if step not in there:
             raise InputError(f"--steps {step}: {run} has the steps {', '.join(map(str, there)) or 'none'}")
-        source = checkpoints.resolve(str(run / "checkpoints" / str(step)))
+        source = verified(str(run / "checkpoints" / str(step)))
         found.append(Examinee(f"{run.resolve().name} step {step}", step, source))
     if not found:
         raise InputError(f"--steps {steps}: {run} has no complete checkpoint yet")
@@ -92,10 +94,19 @@ def examine(
     folder: Path,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """Put every exam to every model and return the rows of the table; answers are kept under folder/answers."""
+    """Put every exam to every model and return the rows of the table; answers are kept under folder/answers.
+
+    Every row is opened before the first is scored. Raises InputError where one has no tokenizer, does not fit the mesh,
+    or has a context too short for a protocol, and where a checkpoint is deleted while others are scored.
+    """
+    opened_models = [open_model(examinee.source) for examinee in examinees]
+    mesh = sharding.make_mesh(mesh_config)
+    for opened in opened_models:
+        shapes_on(mesh, opened.weights.model, compute, shard_over_fsdp=mesh_config.zero == 3)
+        for exam in exams:
+            check_context(exam.protocol, opened.weights.model)
     rows = []
-    for examinee in examinees:
-        opened = open_model(examinee.source)
+    for examinee, opened in zip(examinees, opened_models, strict=True):
         # Protocols that ask alike share one file, and so one entry here.
         opened_by_path: dict[Path, Answers] = {}
         answers = []
@@ -105,17 +116,30 @@ def examine(
         rest = sum(len(own.missing()) for own in opened_by_path.values())
         if sharding.first_decides(rest > 0):
             say(f"{examinee.label}: {rest:,} questions to ask")
-            mesh, parameters = place(opened, compute, mesh_config)
-            candidate = Candidate(opened.weights.model, parameters, compute, mesh, opened.tokenizer)
-            for exam, own in zip(exams, answers, strict=True):
-                with progress_bar(f"{exam.task.name} {exam.protocol.name}", len(exam.questions)) as progress:
-                    candidate.sit(exam, own, progress)
+            _ask(opened, list(zip(exams, answers, strict=True)), compute, mesh_config)
         sittings = {
             (exam.task.name, exam.protocol.name): Sitting(exam, [exam.judge(record) for record in own.in_order()])
             for exam, own in zip(exams, answers, strict=True)
         }
         rows.append(Row(examinee.label, examinee.step, sittings))
     return rows
+
+
+def _ask(opened: Opened, asked: Sequence[tuple[Exam, Answers]], compute: Compute, mesh_config: MeshConfig) -> None:
+    """Load one model, which leaves the devices with this call, and have it answer."""
+    try:
+        mesh, parameters = place(opened, compute, mesh_config)
+    except Exception as error:
+        if opened.source.is_dir():
+            raise
+        raise InputError(
+            f"{opened.source}: deleted meanwhile, as a training does with old checkpoints; evaluate what is left, and "
+            f"name the steps to keep in its checkpoint.steps"
+        ) from error
+    candidate = Candidate(opened.weights.model, parameters, compute, mesh, opened.tokenizer)
+    for exam, own in asked:
+        with progress_bar(f"{exam.task.name} {exam.protocol.name}", len(exam.questions)) as progress:
+            candidate.sit(exam, own, progress)
 
 
 @contextmanager

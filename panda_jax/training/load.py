@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from panda_jax.errors import InputError
 from panda_jax.model.parameters import Parameters
 from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
-from panda_jax.training import start
+from panda_jax.training import run_record, start
 from panda_jax.training.checkpoint_parameters import open_parameters
 from panda_jax.weights import INDEX, Weights, is_weights_folder, open_weights
 
@@ -79,7 +80,7 @@ def open_model(source: Path) -> Opened:
         weights=weights,
         tokenizer=Tokenizer(weights.tokenizer_model, str(source / "tokenizer.model")),
         source=source,
-        run=None if is_folder else checkpoints.read_run(source),
+        run=None if is_folder else run_record.read(source),
         fingerprint=fingerprint(source, weights),
     )
 
@@ -99,8 +100,16 @@ def find(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
         return path
     for name, kind in FOREIGN.items():
         if (path / name).is_file():
-            return start.converted(kind, str(path), cache_dir, say)
-    return checkpoints.resolve(str(path))
+            return start.converted(kind, str(path), cache_dir, say, "--checkpoint")
+    return verified(str(path))
+
+
+def verified(path: str) -> Path:
+    """Return what checkpoints.resolve(path) returns in the first process, in every process.
+
+    It alone reads all files, and a run that goes on cannot make the processes load different steps.
+    """
+    return Path(sharding.from_first(f"checkpoint of {path}", lambda: str(checkpoints.resolve(path))))
 
 
 def shapes_on(
@@ -133,10 +142,17 @@ def read(source: Path, weights: Weights, shapes: dict[str, jax.ShapeDtypeStruct]
 
 
 def fingerprint(source: Path, weights: Weights) -> str:
-    """Return a SHA-256 over what stands for the weights, root hash or hashes of files, and over the tokenizer."""
+    """Return a SHA-256 over what stands for the weights, root hash or hashes of files, the model and the tokenizer.
+
+    A corrected norm_eps or rope_theta leaves every tensor as it was and changes every score.
+    """
     if "root" in weights.provenance:
         parts = [weights.provenance["root"].encode()]
     else:
         vouchers = [source / INDEX] if is_weights_folder(source) else checkpoints.manifests(source)
         parts = [path.read_bytes() for path in vouchers]
-    return hashlib.sha256(b"".join([*parts, weights.tokenizer_model or b""])).hexdigest()
+    model = asdict(weights.model)
+    for name in ("size", "init_from", "init_std"):  # which leave no trace in trained weights
+        model.pop(name)
+    parts += [json.dumps(model, sort_keys=True).encode(), weights.tokenizer_model or b""]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,8 +39,9 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "TPU v6": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 197e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # what a v5p calls itself
     "TPU v4": 275e12,
 }
 
@@ -130,12 +132,13 @@ class Recorder:
         self._console = Console(highlight=False)
         if not writes:
             return
-        _forget_after(self._path, resume_step)
+        # A run that starts over measures step 0 again.
+        _forget_after(self._path, resume_step or -1)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         if config.log.tensorboard:
-            self._open_tensorboard()
+            self._open_tensorboard(resume_step)
         if config.log.wandb_project:
-            self._open_wandb(config.log.wandb_project)
+            self._open_wandb(config.log.wandb_project, resume_step)
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append one line of metrics; `step` is among them."""
@@ -168,7 +171,7 @@ class Recorder:
             self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        """Flush everything and draw plots/loss.png."""
+        """Flush and close everything."""
         if self._file is None:
             return
         if self._console.is_terminal:
@@ -177,10 +180,12 @@ class Recorder:
         for close in self._closers:
             close()
 
-    def _open_tensorboard(self) -> None:
+    def _open_tensorboard(self, resume_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        writer = SummaryWriter(str(self._folder / "tensorboard"))
+        # The points of the steps that will be taken again are taken back.
+        purge_step = resume_step + 1 if resume_step else 0
+        writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
 
         def write(metrics: dict[str, Any]) -> None:
             for name, value in metrics.items():
@@ -190,14 +195,23 @@ class Recorder:
         self._sinks.append(write)
         self._closers.append(writer.close)
 
-    def _open_wandb(self, project: str) -> None:
+    def _open_wandb(self, project: str, resume_step: int) -> None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             from panda_jax.errors import InputError
 
             raise InputError("log.wandb_project: wandb is not installed; pip install 'panda-jax[wandb]'") from error
-        run = wandb.init(project=project, name=self._config.name, dir=str(self._folder), resume="allow")
+        identity = self._folder / "wandb_id"  # a resumed run goes on with its own curves there
+        if not resume_step or not identity.is_file():
+            write_atomically(identity, [uuid.uuid4().hex.encode()])
+        run = wandb.init(
+            project=project,
+            name=self._config.name,
+            dir=str(self._folder),
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+        )
         self._sinks.append(lambda metrics: run.log(metrics, step=metrics["step"]))
         self._closers.append(run.finish)
 
@@ -241,7 +255,7 @@ class CompileReport:
 
 
 class Clock:
-    """Measures intervals between log lines; the one place that reads the clock."""
+    """Measures the intervals between log lines."""
 
     def __init__(self) -> None:
         self.restart(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gc
 import hashlib
 import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from panda_jax.config import Config
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
 from panda_jax.training import checkpoint as checkpoints
+from panda_jax.training import run_record
 from panda_jax.training.checkpoint_parameters import open_parameters
 from panda_jax.training.step import State, Step
 from panda_jax.weights import Weights, is_weights_folder, open_weights, to_model
@@ -40,19 +43,19 @@ def initial_state(
 ) -> tuple[State, int, dict[str, Any]]:
     """Return (state, finished steps, run.json with where the parameters came from).
 
-    `resume` is `auto` (the newest good checkpoint in `folder`, if there is one), `never`, or a step number.
+    `resume` is as check_named accepts it: `auto` (the newest good checkpoint in `folder`, if there is one), `never`, or
+    a step number.
     """
     found = None
     if resume != "never":
-        if resume != "auto" and not resume.isdigit():
-            raise InputError(f"--resume {resume}: expected auto, never or the step of a checkpoint")
         found = checkpoints.find_good(folder, None if resume == "auto" else int(resume), say)
-    sharding.by_first("starting point chosen", lambda: set_aside(folder, found, say))
     if found is not None:
         saved = folder / str(found)
-        checkpoints.check_same_run(saved, run)
+        run_record.check_same(saved, run)
         say(f"resuming after step {found} from {saved}")
-        origin = checkpoints.read_run(saved).get("init_from")
+        for change in run_record.changes(saved, run):
+            say(f"  {change}")
+        origin = run_record.read(saved).get("init_from")
         return checkpoints.restore(saved, step.state_shapes), found, run | {"init_from": origin}
 
     state, origin = step.initial_state(jax.random.key(config.seed)), None
@@ -69,11 +72,44 @@ def initial_state(
     return state, 0, run | {"init_from": origin}
 
 
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Keep others from training the run in `folder` as long as this lasts; raises InputError where one does already.
+
+    Two would delete each other's unfinished checkpoints.
+    """
+    path, held = folder.with_name(f".{folder.name}.lock"), []
+
+    def take() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        held.append(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.pop().close()
+            raise InputError(
+                f"{folder}: another process trains this run; wait for it, or give this one another name"
+            ) from None
+
+    sharding.by_first("run taken", take)
+    try:
+        yield
+    finally:
+        for file in held:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
 def check_named(config: Config, folder: Path, resume: str) -> None:
-    """Raise InputError where the run will start from model.init_from and it names no folder.
+    """Raise InputError where `resume` means no checkpoint, or where model.init_from is needed and names no folder.
 
     Asked before the data are prepared, which may take hours; what is in the folder is looked at when it is read.
     """
+    if resume.isdigit():
+        checkpoints.check_committed(folder, int(resume))
+    elif resume not in ("auto", "never"):
+        raise InputError(f"--resume {resume}: expected auto, never or the step of a checkpoint")
     wanted = config.model.init_from
     if wanted is None or (resume != "never" and checkpoints.committed_steps(folder)):
         return
@@ -83,9 +119,9 @@ def check_named(config: Config, folder: Path, resume: str) -> None:
             raise InputError(f"model.init_from.{kind}: {given}: no such folder; give one that holds weights")
 
 
-def set_aside(folder: Path, found: int | None, say: Callable[[str], None]) -> None:
-    """Move the checkpoints that lie after step `found` out of the way, all of them where there is none."""
-    for name in checkpoints.set_aside_newer(folder, -1 if found is None else found):
+def set_aside(folder: Path, first_step: int, say: Callable[[str], None]) -> None:
+    """Move the checkpoints that lie after `first_step` out of the way, all of them where it is 0."""
+    for name in checkpoints.set_aside_newer(folder, first_step):
         say(f"set aside as {folder / name}: it lies after the point this run starts from")
 
 
@@ -105,24 +141,29 @@ def find_source(config: Config, say: Callable[[str], None]) -> Path:
         return given if is_weights_folder(given) else checkpoints.resolve(wanted.checkpoint)
     kind, given = ("hf", wanted.hf) if wanted.hf is not None else ("meta", wanted.meta)
     assert given is not None
-    return converted(kind, given, Path(config.data.cache_dir), say)
+    return converted(kind, given, Path(config.data.cache_dir), say, f"model.init_from.{kind}")
 
 
-def converted(kind: str, given: str, cache_dir: Path, say: Callable[[str], None]) -> Path:
+def converted(kind: str, given: str, cache_dir: Path, say: Callable[[str], None], option: str) -> Path:
     """Return the weights folder that the foreign folder `given` (kind `hf` or `meta`) becomes, made if it is not there.
 
-    The first process converts, once, into the cache; the others wait.
+    The first process converts, once, into the cache; the others wait. `option` is what the user gave it as.
     """
-    folder = cache_dir / "weights" / cache_name(kind, Path(given))
+    folder = cache_dir / "weights" / cache_name(kind, Path(given), option)
     if is_weights_folder(folder):
         say(f"weights of {given}: converted before, in {folder}")
     else:
         say(f"weights of {given}: converting into {folder}")
-    sharding.by_first("weights converted", lambda: is_weights_folder(folder) or convert(kind, given, folder))
+
+    def make() -> None:
+        if not is_weights_folder(folder):
+            convert(kind, given, folder, option)
+
+    sharding.by_first(f"weights converted into {folder}", make)
     return folder
 
 
-def cache_name(kind: str, folder: Path) -> str:
+def cache_name(kind: str, folder: Path, option: str) -> str:
     """Return the name under which a converted folder is kept: its own, and a hash of where it lies and of its files.
 
     Names, sizes and times of modification stand for the content of the files, as for the data; Meta's tokenizer.model
@@ -132,23 +173,21 @@ def cache_name(kind: str, folder: Path) -> str:
         place = folder.resolve(strict=True)
         files = sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
-        raise InputError(
-            f"model.init_from.{kind}: {folder}: {error.strerror}; expected a folder with weights"
-        ) from error
+        raise InputError(f"{option}: {folder}: {error.strerror}; expected a folder with weights") from error
     if kind == "meta":
         files += [path for path in [place.parent / "tokenizer.model"] if path.is_file()]
     known = [kind, str(place), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
     return f"{place.name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}"
 
 
-def convert(kind: str, folder: str, output: Path) -> None:
+def convert(kind: str, folder: str, output: Path, option: str) -> None:
     """Run the import door, which verifies what it writes; raises ChildFailed after it has said why it failed."""
     root = Path(command_line.__file__).resolve().parents[1]
     if not (root / "convert" / f"{kind}.py").is_file():
         raise InputError(
-            f"model.init_from.{kind}: {root} has no convert/{kind}.py, which an installed panda_jax lacks; start from "
-            f"the checkout, or run `python -m convert.{kind} import` there and set model.init_from.checkpoint to its "
-            f"output"
+            f"{option}: {root} has no convert/{kind}.py, which an installed panda_jax lacks; start from the checkout, "
+            f"or run `python -m convert.{kind} import` there and give its output instead (model.init_from.checkpoint, "
+            f"--checkpoint)"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     command_line.run_module(f"convert.{kind}", "import", "--input", folder, "--output", str(output))
@@ -185,7 +224,7 @@ def describe_start(source: Path, origin: dict[str, Any]) -> str:
 def check_same_model(source: Path, weights: Weights, config: Config, tokenizer: Tokenizer) -> None:
     """Raise InputError, with what to write, where the weights are of another architecture, vocabulary or tokenizer."""
     model, theirs = config.model, weights.model
-    compared = [field.name for field in dataclasses.fields(model) if field.name not in checkpoints.NOT_ARCHITECTURE]
+    compared = [field.name for field in dataclasses.fields(model) if field.name not in run_record.NOT_ARCHITECTURE]
     compared.remove("vocab_size")
     wrong = [name for name in compared if getattr(model, name) != getattr(theirs, name)]
     if wrong:

@@ -50,8 +50,6 @@ class Step:
     """jitted (state, batch) -> (state, metrics); the state is donated."""
     evaluate: Any
     """jitted (parameters, batch) -> (loss_sum, weight)."""
-    schedule: Callable[[jax.Array], jax.Array]
-    """Finished steps -> learning rate."""
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
     """ShapeDtypeStruct of every array of a global batch, with its sharding."""
 
@@ -121,7 +119,6 @@ def build(config: Config, mesh: jax.sharding.Mesh, run_steps: int) -> Step:
         initial_state=jax.jit(initial_state, out_shardings=shardings),
         train=jax.jit(train, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, everywhere)),
         evaluate=jax.jit(evaluate, in_shardings=(shardings["parameters"], rows), out_shardings=everywhere),
-        schedule=schedule,
         batch_shapes=batch_shapes(config, mesh),
     )
 
@@ -279,7 +276,7 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
     elif isinstance(config, Adafactor):
         direction = optax.chain(
             optax.scale_by_factored_rms(decay_rate=config.decay_rate),
-            optax.clip_by_block_rms(ADAFACTOR_UPDATE_RMS),
+            _clip_by_rms(ADAFACTOR_UPDATE_RMS),
         )
     else:
         direction = optax.trace(config.momentum) if config.momentum else optax.identity()
@@ -290,6 +287,23 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         return {name: not name.endswith("norm") for name in parameters}
 
     return optax.chain(direction, optax.add_decayed_weights(config.weight_decay, mask=is_decayed))
+
+
+def _clip_by_rms(limit: float) -> optax.GradientTransformation:
+    """Scale down updates whose root mean square exceeds `limit` (arXiv:1804.04235 §6), each layer's by itself.
+
+    optax.clip_by_block_rms would take a stack of layers for one matrix.
+    """
+
+    def clip(updates: Any, parameters: Any) -> dict[str, jax.Array]:
+        def scaled(name: str, update: jax.Array) -> jax.Array:
+            axes = range(1 if name.startswith("layers.") else 0, update.ndim)
+            rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=tuple(axes), keepdims=True))
+            return update / jnp.maximum(1.0, rms / limit)
+
+        return {name: scaled(name, update) for name, update in updates.items()}
+
+    return optax.stateless(clip)
 
 
 def trainable_names(config: Config, names: Sequence[str]) -> tuple[str, ...]:
