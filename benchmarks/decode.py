@@ -31,6 +31,7 @@ import jax  # noqa: E402  (the benchmark runs from the checkout)
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from convert.hf_folder import config_of  # noqa: E402
 from panda_jax import sharding  # noqa: E402
 from panda_jax.config import Compute, Mesh, Model  # noqa: E402
 from panda_jax.generation.decode import Generator  # noqa: E402
@@ -52,20 +53,9 @@ LAYER_NAMES = {
 def torch_model(model: Model, parameters: dict[str, jax.Array]) -> LlamaForCausalLM:
     """Return transformers' LLaMA with the same weights, float32, its default attention, no end-of-sequence id."""
     network = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.dim,
-            intermediate_size=model.mlp_dim,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            max_position_embeddings=model.context_length,
-            rms_norm_eps=model.norm_eps,
-            tie_word_embeddings=model.tie_embeddings,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )  # fmt: skip
+        LlamaConfig.from_dict(
+            config_of(model, "float32") | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        )
     ).eval()
     values = {name: np.asarray(value) for name, value in parameters.items()}
     state = {"model.embed_tokens.weight": values["embed"], "model.norm.weight": values["norm"]}

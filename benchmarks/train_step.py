@@ -148,21 +148,11 @@ def run_torch(model: Model, is_checkpointed: bool, num_steps: int) -> Result:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from convert.hf_folder import config_of
+
     torch.manual_seed(0)
     network = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.dim,
-            intermediate_size=model.mlp_dim,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            max_position_embeddings=model.context_length,
-            rms_norm_eps=model.norm_eps,
-            tie_word_embeddings=model.tie_embeddings,
-            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-            use_cache=False,
-        )
+        LlamaConfig.from_dict(config_of(model, "float32"), attn_implementation="sdpa", use_cache=False)
     )
     network.train()
     if is_checkpointed:

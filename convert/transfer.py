@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from panda_jax.atomic import sync_folder, write_atomically
+from panda_jax.atomic import lock, sync_folder, write_atomically
 from panda_jax.errors import InputError
 from panda_jax.weights import NUMPY_NAMES, REPORT, Lazy, Weights, tensor_bytes, tensor_sha256
 
@@ -100,8 +100,8 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
     folder = output.with_name(f"{output.name}.unfinished-{uuid.uuid4().hex[:12]}")
     folder.mkdir()
     try:
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield folder
             (folder / ".lock").unlink()
             _take_the_name(folder, output)
@@ -119,11 +119,9 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
 def _delete_unless_alive(debris: Path) -> None:
     """Delete an unfinished folder unless the process that writes it still holds its lock."""
     try:
-        with (debris / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(debris)
-    except BlockingIOError:
-        pass
+        with (debris / ".lock").open("w") as file:
+            if lock(file):
+                shutil.rmtree(debris)
     except FileNotFoundError:  # killed before it had its lock, or a moment before the rename
         shutil.rmtree(debris, ignore_errors=True)
 

@@ -1,11 +1,13 @@
-"""Files that are either complete or absent, whatever happens while they are written."""
+"""Files that are either complete or absent, whatever happens while they are written, and files with one owner."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 # Unfinished files begin with this; whoever finds an old one may delete it.
 UNFINISHED = ".unfinished-"
@@ -43,3 +45,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(file: IO) -> bool:
+    """Tell whether this process has `file` to itself from now on, until it is closed or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

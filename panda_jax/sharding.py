@@ -280,14 +280,7 @@ def together(name: str, work: Callable[[], object]) -> None:
     except BaseException as error:
         failure = error
     if jax.process_count() > 1:
-        from jax._src.distributed import global_state  # the only barrier that does not occupy the devices
-
-        client = global_state.client
-        if client is None:
-            raise InputError(
-                f"{jax.process_count()} processes share the devices, but no launcher known to panda_jax started them; "
-                f"start them with torchrun, SLURM, Open MPI or Kubernetes, or set TPU_WORKER_HOSTNAMES"
-            )
+        client = _coordinator()
         if failure is not None:
             client.key_value_set(f"panda_jax/{name}/{jax.process_index()}", f"{type(failure).__name__}: {failure}")
         client.wait_at_barrier(name, timeout_in_ms=24 * 3600 * 1000)
@@ -297,6 +290,18 @@ def together(name: str, work: Callable[[], object]) -> None:
             raise ProcessFailed(f"rank {rank} failed, and with it the run: {failures[rank]}")
     if failure is not None:
         raise failure
+
+
+def _coordinator() -> Any:
+    """Return the client of JAX's coordination service, whose barriers do not occupy the devices."""
+    from jax._src.distributed import global_state
+
+    if global_state.client is None:
+        raise InputError(
+            f"{jax.process_count()} processes share the devices, but no launcher known to panda_jax started them; "
+            f"start them with torchrun, SLURM, Open MPI or Kubernetes, or set TPU_WORKER_HOSTNAMES"
+        )
+    return global_state.client
 
 
 def by_first(name: str, work: Callable[[], object]) -> None:
@@ -310,9 +315,7 @@ def from_first(name: str, work: Callable[[], str]) -> str:
     by_first(name, lambda: found.append(work()))
     if jax.process_count() == 1:
         return found[0]
-    from jax._src.distributed import global_state
-
-    client: Any = global_state.client
+    client = _coordinator()
     if found:
         client.key_value_set(f"panda_jax/answer/{name}", found[0])
     return client.blocking_key_value_get(f"panda_jax/answer/{name}", 60_000)

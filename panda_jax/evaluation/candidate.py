@@ -80,6 +80,7 @@ class Candidate:
 
     def _write(self, exam: Exam, indices: Sequence[int]) -> Iterator[Record]:
         assert exam.protocol.max_new_tokens is not None
+        check_context(exam.protocol, self._model)
         greedy = Sampling.greedy(exam.protocol.max_new_tokens, stop_ids=())
         texts = {index: exam.prompt(index) for index in indices}
         prompts = {index: self._cut(exam, text) for index, text in texts.items()}
@@ -107,7 +108,6 @@ class Candidate:
         """
         ids = [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
         kept = ids[: exam.protocol.max_input_tokens]
-        check_context(exam.protocol, self._model)
         room = self._model.context_length - (exam.protocol.max_new_tokens or 0)
         if len(kept) > room:
             kept = [self._tokenizer.bos_id, *kept[len(kept) - room + 1 :]]

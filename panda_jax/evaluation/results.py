@@ -8,13 +8,13 @@ which they were computed; each names its question by its index.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from panda_jax.atomic import lock
 from panda_jax.errors import InputError
 
 Record = dict[str, Any]
@@ -44,13 +44,11 @@ class Answers:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             file.close()
             raise InputError(
                 f"{self.path}: another evaluation is writing these answers; wait for it, or choose another --output"
-            ) from None
+            )
         whole_lines = self._read()
         file.truncate(whole_lines)
         self._file = file

@@ -21,7 +21,7 @@ from panda_jax.evaluation.exam import Exam
 from panda_jax.evaluation.report import Row, Sitting, folder_name
 from panda_jax.evaluation.results import Answers
 from panda_jax.training import checkpoint as checkpoints
-from panda_jax.training.load import Opened, find, open_model, place, shapes_on, verified
+from panda_jax.training.load import Opened, find, open_model, read, shapes_on, verified
 
 LINE_EVERY_S = 30
 
@@ -99,14 +99,16 @@ def examine(
     Every row is opened before the first is scored. Raises InputError where one has no tokenizer, does not fit the mesh,
     or has a context too short for a protocol, and where a checkpoint is deleted while others are scored.
     """
-    opened_models = [open_model(examinee.source) for examinee in examinees]
     mesh = sharding.make_mesh(mesh_config)
-    for opened in opened_models:
-        shapes_on(mesh, opened.weights.model, compute, shard_over_fsdp=mesh_config.zero == 3)
+    opened_models = []
+    for examinee in examinees:
+        opened = open_model(examinee.source)
+        shapes = shapes_on(mesh, opened.weights.model, compute, shard_over_fsdp=mesh_config.zero == 3)
         for exam in exams:
             check_context(exam.protocol, opened.weights.model)
+        opened_models.append((opened, shapes))
     rows = []
-    for examinee, opened in zip(examinees, opened_models, strict=True):
+    for examinee, (opened, shapes) in zip(examinees, opened_models, strict=True):
         # Protocols that ask alike share one file, and so one entry here.
         opened_by_path: dict[Path, Answers] = {}
         answers = []
@@ -116,7 +118,7 @@ def examine(
         rest = sum(len(own.missing()) for own in opened_by_path.values())
         if sharding.first_decides(rest > 0):
             say(f"{examinee.label}: {rest:,} questions to ask")
-            _ask(opened, list(zip(exams, answers, strict=True)), compute, mesh_config)
+            _ask(opened, shapes, list(zip(exams, answers, strict=True)), compute, mesh)
         sittings = {
             (exam.task.name, exam.protocol.name): Sitting(exam, [exam.judge(record) for record in own.in_order()])
             for exam, own in zip(exams, answers, strict=True)
@@ -125,10 +127,16 @@ def examine(
     return rows
 
 
-def _ask(opened: Opened, asked: Sequence[tuple[Exam, Answers]], compute: Compute, mesh_config: MeshConfig) -> None:
-    """Load one model, which leaves the devices with this call, and have it answer."""
+def _ask(
+    opened: Opened,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    asked: Sequence[tuple[Exam, Answers]],
+    compute: Compute,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Load one model as `shapes` says, which leaves the devices with this call, and have it answer."""
     try:
-        mesh, parameters = place(opened, compute, mesh_config)
+        parameters = read(opened.source, opened.weights, shapes)
     except Exception as error:
         if opened.source.is_dir():
             raise

@@ -64,7 +64,9 @@ def load(path: Path, compute: Compute, mesh_config: MeshConfig, cache_dir: Path,
     InputError where there is no model, no tokenizer, or where the mesh does not divide a parameter.
     """
     opened = open_model(find(path, cache_dir, say))
-    mesh, parameters = place(opened, compute, mesh_config)
+    mesh = sharding.make_mesh(mesh_config)
+    shapes = shapes_on(mesh, opened.weights.model, compute, shard_over_fsdp=mesh_config.zero == 3)
+    parameters = read(opened.source, opened.weights, shapes)
     return Loaded(opened.weights.model, parameters, opened.tokenizer, mesh, opened.source, opened.run)
 
 
@@ -83,13 +85,6 @@ def open_model(source: Path) -> Opened:
         run=None if is_folder else run_record.read(source),
         fingerprint=fingerprint(source, weights),
     )
-
-
-def place(opened: Opened, compute: Compute, mesh_config: MeshConfig) -> tuple[jax.sharding.Mesh, dict[str, jax.Array]]:
-    """Return (mesh, parameters on it); raises InputError where the mesh does not fit the devices or a parameter."""
-    mesh = sharding.make_mesh(mesh_config)
-    shapes = shapes_on(mesh, opened.weights.model, compute, shard_over_fsdp=mesh_config.zero == 3)
-    return mesh, read(opened.source, opened.weights, shapes)
 
 
 def find(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:

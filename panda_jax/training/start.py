@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gc
 import hashlib
 import itertools
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from panda_jax import command_line, sharding
+from panda_jax.atomic import lock
 from panda_jax.config import Config
 from panda_jax.errors import InputError
 from panda_jax.text.tokenizer import Tokenizer
@@ -83,14 +83,10 @@ def taken(folder: Path) -> Iterator[None]:
     def take() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
+        if not lock(file):
+            file.close()
+            raise InputError(f"{folder}: another process trains this run; wait for it, or give this one another name")
         held.append(file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held.pop().close()
-            raise InputError(
-                f"{folder}: another process trains this run; wait for it, or give this one another name"
-            ) from None
 
     sharding.by_first("run taken", take)
     try:
